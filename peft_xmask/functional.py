@@ -1,0 +1,191 @@
+"""Pure tensor maths: masks from logits, mixing a pool, applying the mixed adapter. No modules, no state.
+
+Shapes: N adapters in a pool, b the bottleneck, d_in and d_out the widths of a site, R rows (profiles) mixed at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
+    {
+        "identity": lambda x: x,
+        "relu": F.relu,
+        "gelu": F.gelu,
+        "silu": F.silu,
+        "tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+    }
+)
+"""Activations between the down- and the up-projection, by the name used in configs."""
+
+ESTIMATORS = ("identity", "softmax", "sigmoid")
+"""How a gradient passes a hard mask; see :func:`hard_mask`."""
+
+MASK_NORMS = ("variance", "mean")
+"""What a mask's weights are normalised to; see :func:`hard_mask`."""
+
+
+@dataclass(frozen=True)
+class AdapterPair:
+    """One adapter: ``x -> up act(norm(down x + down_bias)) + up_bias``.
+
+    Shapes: ``down [b, d_in]``, ``up [d_out, b]``, ``down_bias [b]``, ``up_bias [d_out]``. With a leading batch
+    dimension on every field, one adapter for each example of a batch.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+
+
+def hard_mask(logits: Tensor, top_k: int, *, estimator: str, norm: str, temperature: float = 1.0) -> Tensor:
+    """Exactly ``top_k`` equal weights out of N, with a straight-through gradient.
+
+    ``m_i = w`` for the ``top_k`` largest logits (ties: the lower index wins), else 0; ``w = 1/sqrt(k)`` for
+    ``norm="variance"`` (a mix of independent adapters then has the variance of one) and ``1/k`` for ``norm="mean"``.
+    The gradient is that of a soft stand-in:
+
+    - ``identity``: ``m = w * logits``;
+    - ``softmax``: ``m = w * k * softmax(logits / temperature)``;
+    - ``sigmoid``: ``m = w * sigmoid((logits - t) / temperature)``, t half-way between the last logit in and the first out.
+
+    Args:
+        logits: float32, shape ``[..., N]``.
+
+    Returns:
+        float32, shape ``[..., N]``.
+
+    Source: X-PEFT (arXiv 2401.16137) for k-hot masks; the estimators and norms are ours to choose from.
+    """
+    mask: Tensor = _HardMask.apply(logits, top_k, estimator, mask_weight(top_k, norm), temperature)  # type: ignore[no-untyped-call]
+    return mask
+
+
+def soft_mask(logits: Tensor, *, norm: str, temperature: float = 1.0) -> Tensor:
+    """Softmax weights, normalised.
+
+    ``s = softmax(logits / temperature)``; ``m = s`` for ``norm="mean"``, ``m = s / |s|_2`` for ``norm="variance"``.
+
+    Args:
+        logits: float32, shape ``[..., N]``.
+
+    Returns:
+        float32, shape ``[..., N]``.
+
+    Source: X-PEFT (arXiv 2401.16137); the ``variance`` norm is ours.
+    """
+    mask: Tensor = _SoftMask.apply(logits, norm == "variance", temperature)  # type: ignore[no-untyped-call]
+    return mask
+
+
+def select_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """The ``top_k`` largest of the last dimension as booleans; of equal logits the lower index wins, on any device.
+
+    Shapes: ``[..., N] -> [..., N]``.
+    """
+    chosen = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., :top_k]
+    return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def mask_weight(top_k: int, norm: str) -> float:
+    """Weight of one chosen adapter: ``1/sqrt(k)`` for ``variance``, ``1/k`` for ``mean``."""
+    return 1.0 / math.sqrt(top_k) if norm == "variance" else 1.0 / top_k
+
+
+def mix(mask: Tensor, pool: Tensor) -> Tensor:
+    """Mix a pool's tensors with the masks as weights: ``out[r] = sum_i mask[r, i] pool[i]``. One GEMM.
+
+    The pool stays in its own dtype under autocast: casting it whole would cost more than the mixing.
+
+    Shapes: ``[R, N], [N, ...] -> [R, ...]``.
+
+    Source: X-PEFT (arXiv 2401.16137): submodules are mixed as matrices, not by averaging adapter outputs.
+    """
+    with torch.autocast(device_type=pool.device.type, enabled=False):
+        flat = pool.flatten(1)
+        weights = mask.to(device=pool.device, dtype=pool.dtype)
+        mixed = torch.mv(flat.t(), weights[0]).unsqueeze(0) if weights.shape[0] == 1 else weights @ flat
+        return mixed.unflatten(-1, pool.shape[1:])
+
+
+def adapt(x: Tensor, pair: AdapterPair, *, activation: str, layer_norm: bool) -> Tensor:
+    """Apply an adapter: ``up act(norm(down x + down_bias)) + up_bias``.
+
+    ``norm`` is a LayerNorm of width b without weights when ``layer_norm`` is true, else nothing.
+
+    Shapes: ``[..., d_in] -> [..., d_out]``; with batched pairs ``[B, ..., d_in] -> [B, ..., d_out]``.
+    """
+    hidden = _affine(x, pair.down, pair.down_bias)
+    if layer_norm:
+        hidden = F.layer_norm(hidden, hidden.shape[-1:])
+    return _affine(ACTIVATIONS[activation](hidden), pair.up, pair.up_bias)
+
+
+def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    out = torch.bmm(rows, weight.transpose(1, 2))
+    if bias is not None:
+        out = out + bias.unsqueeze(1)
+    return out.view(*x.shape[:-1], weight.shape[1])
+
+
+class _HardMask(torch.autograd.Function):
+    """Keeps what it needs on ``ctx`` rather than in ``save_for_backward``.
+
+    All sites share one mask, and reentrant checkpointing runs one backward pass for every block: saved tensors would
+    be freed by the first of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, top_k: int, estimator: str, weight: float, temperature: float) -> Tensor:
+        selected = select_top_k(logits, top_k)
+        ctx.estimator, ctx.weight, ctx.temperature, ctx.top_k = estimator, weight, temperature, top_k
+        if estimator == "softmax":
+            ctx.stand_in = torch.softmax(logits / temperature, dim=-1)
+        elif estimator == "sigmoid":
+            last_in = logits.masked_fill(~selected, torch.inf).amin(-1, keepdim=True)
+            first_out = logits.masked_fill(selected, -torch.inf).amax(-1, keepdim=True)
+            threshold = torch.where(first_out.isinf(), last_in, (last_in + first_out) / 2)
+            ctx.stand_in = torch.sigmoid((logits - threshold) / temperature)
+        return selected.to(logits.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        grad = grad * ctx.weight
+        if ctx.estimator == "softmax":
+            soft = ctx.stand_in
+            grad = soft * (grad - (grad * soft).sum(-1, keepdim=True)) * (ctx.top_k / ctx.temperature)
+        elif ctx.estimator == "sigmoid":
+            grad = grad * ctx.stand_in * (1 - ctx.stand_in) / ctx.temperature
+        return grad, None, None, None, None
+
+
+class _SoftMask(torch.autograd.Function):
+    """As :class:`_HardMask`, for softmax weights."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, unit_norm: bool, temperature: float) -> Tensor:
+        soft = torch.softmax(logits / temperature, dim=-1)
+        ctx.soft, ctx.unit_norm, ctx.temperature = soft, unit_norm, temperature
+        return soft / soft.norm(dim=-1, keepdim=True) if unit_norm else soft.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        soft = ctx.soft
+        if ctx.unit_norm:
+            size = soft.norm(dim=-1, keepdim=True)
+            unit = soft / size
+            grad = (grad - unit * (grad * unit).sum(-1, keepdim=True)) / size
+        return soft * (grad - (grad * soft).sum(-1, keepdim=True)) / ctx.temperature, None, None
