@@ -4,6 +4,7 @@
 PeftXMaskError
 ├── ConfigError            a config field, or an argument, that cannot be
 ├── TargetError            nothing to adapt, or a module that cannot be adapted
+├── MergeError             a merge that could not be exact
 ├── FileFormatError        a file that is not what it should be: truncated, oversized, wrong dtype
 │   └── MaskFormatError    bits that are not exactly k of N, logits that are not numbers
 ├── MismatchError          two things that do not belong together; carries ``expected`` and ``found``
@@ -29,6 +30,10 @@ class ConfigError(PeftXMaskError, ValueError):
 
 class TargetError(PeftXMaskError, ValueError):
     """A base model has no module to adapt, or one that cannot be adapted."""
+
+
+class MergeError(PeftXMaskError, ValueError):
+    """An adapter cannot be merged into the base weights exactly."""
 
 
 class FileFormatError(PeftXMaskError, ValueError):

@@ -34,6 +34,10 @@ MASK_NORMS = ("variance", "mean")
 """What a mask's weights are normalised to; see :func:`hard_mask`."""
 
 
+GAIN_STEP = 0.1
+"""How fast the logarithm of a gain moves, against a logit."""
+
+
 @dataclass(frozen=True)
 class AdapterPair:
     """One adapter: ``x -> up act(norm(down x + down_bias)) + up_bias``.
@@ -72,9 +76,9 @@ def hard_mask(logits: Tensor, top_k: int, *, estimator: str, norm: str, temperat
 
 
 def soft_mask(logits: Tensor, *, norm: str, temperature: float = 1.0) -> Tensor:
-    """Softmax weights, normalised.
+    """Softmax weights, normalised, of logits rounded to half precision as they are shipped.
 
-    ``s = softmax(logits / temperature)``; ``m = s`` for ``norm="mean"``, ``m = s / |s|_2`` for ``norm="variance"``.
+    ``s = softmax(half(logits / temperature))``; ``m = s`` for ``norm="mean"``, ``m = s / |s|_2`` for ``norm="variance"``.
 
     Args:
         logits: float32, shape ``[..., N]``.
@@ -86,6 +90,37 @@ def soft_mask(logits: Tensor, *, norm: str, temperature: float = 1.0) -> Tensor:
     """
     mask: Tensor = _SoftMask.apply(logits, norm == "variance", temperature)  # type: ignore[no-untyped-call]
     return mask
+
+
+def scaled_gain(weight: Tensor, scale: float, logit_scale: float) -> Tensor:
+    """Gain of a site from what is trained: ``g = half(scale * exp(0.1 * logit_scale * weight))``.
+
+    Rounded to half precision, as shipped; the gradient passes the rounding as if it were not there.
+
+    Args:
+        weight: float32, any shape.
+
+    Returns:
+        float32, same shape.
+    """
+    gain: Tensor = _Gain.apply(weight, scale, GAIN_STEP * logit_scale)  # type: ignore[no-untyped-call]
+    return gain
+
+
+def gain_weight(gain: Tensor, scale: float, logit_scale: float) -> Tensor:
+    """Inverse of :func:`scaled_gain`."""
+    return torch.log(gain / scale) / (GAIN_STEP * logit_scale)
+
+
+def pick_rows(table: Tensor, rows: int | Tensor) -> Tensor:
+    """Rows of a table, with a gradient that may be asked for more than once.
+
+    Shapes: ``[P, ...]`` and ``rows [R]`` give ``[R, ...]``; one whole number gives ``[1, ...]``.
+    """
+    if isinstance(rows, int):
+        return table[rows : rows + 1]
+    picked: Tensor = _PickRows.apply(table, rows.to(table.device))  # type: ignore[no-untyped-call]
+    return picked
 
 
 def select_top_k(logits: Tensor, top_k: int) -> Tensor:
@@ -118,17 +153,21 @@ def mix(mask: Tensor, pool: Tensor) -> Tensor:
         return mixed.unflatten(-1, pool.shape[1:])
 
 
-def adapt(x: Tensor, pair: AdapterPair, *, activation: str, layer_norm: bool) -> Tensor:
-    """Apply an adapter: ``up act(norm(down x + down_bias)) + up_bias``.
+def adapt(x: Tensor, pair: AdapterPair, *, activation: str, layer_norm: bool, dropout: float = 0.0) -> Tensor:
+    """Apply an adapter: ``up drop(act(norm(down x + down_bias))) + up_bias``.
 
-    ``norm`` is a LayerNorm of width b without weights when ``layer_norm`` is true, else nothing.
+    ``norm`` is a LayerNorm of width b without weights when ``layer_norm`` is true, else nothing; ``drop`` zeroes inputs
+    of the up-projection with probability ``dropout``.
 
     Shapes: ``[..., d_in] -> [..., d_out]``; with batched pairs ``[B, ..., d_in] -> [B, ..., d_out]``.
     """
     hidden = _affine(x, pair.down, pair.down_bias)
     if layer_norm:
         hidden = F.layer_norm(hidden, hidden.shape[-1:])
-    return _affine(ACTIVATIONS[activation](hidden), pair.up, pair.up_bias)
+    hidden = ACTIVATIONS[activation](hidden)
+    if dropout > 0.0:
+        hidden = F.dropout(hidden, dropout)
+    return _affine(hidden, pair.up, pair.up_bias)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -177,7 +216,7 @@ class _SoftMask(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, unit_norm: bool, temperature: float) -> Tensor:
-        soft = torch.softmax(logits / temperature, dim=-1)
+        soft = torch.softmax((logits / temperature).half().float(), dim=-1)
         ctx.soft, ctx.unit_norm, ctx.temperature = soft, unit_norm, temperature
         return soft / soft.norm(dim=-1, keepdim=True) if unit_norm else soft.clone()
 
@@ -189,3 +228,29 @@ class _SoftMask(torch.autograd.Function):
             unit = soft / size
             grad = (grad - unit * (grad * unit).sum(-1, keepdim=True)) / size
         return soft * (grad - (grad * soft).sum(-1, keepdim=True)) / ctx.temperature, None, None
+
+
+class _Gain(torch.autograd.Function):
+    """As :class:`_HardMask`, for gains."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: float, step: float) -> Tensor:
+        ctx.gain, ctx.step = (scale * torch.exp(step * weight)).half().float(), step
+        return ctx.gain.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.gain * ctx.step, None, None
+
+
+class _PickRows(torch.autograd.Function):
+    """As :class:`_HardMask`, for rows of a table."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
+        ctx.rows, ctx.shape = rows, table.shape
+        return table.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.shape).index_add_(0, ctx.rows, grad), None

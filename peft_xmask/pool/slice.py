@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ class PoolSlice(nn.Module):
     """N frozen adapters for one site, as buffers that are never trained, saved or copied.
 
     Shapes: ``down [N, b, d_in]``, ``up [N, d_out, b]``, ``down_bias [N, b]`` or None, ``up_bias [N, d_out]`` or None.
+
+    Attributes:
+        origin: which part of which pool this is; two slices of equal origin hold the same numbers.
     """
 
     down: Tensor
@@ -19,9 +23,16 @@ class PoolSlice(nn.Module):
     up_bias: Tensor | None
 
     def __init__(
-        self, down: Tensor, up: Tensor, down_bias: Tensor | None = None, up_bias: Tensor | None = None
+        self,
+        down: Tensor,
+        up: Tensor,
+        down_bias: Tensor | None = None,
+        up_bias: Tensor | None = None,
+        *,
+        origin: tuple[Hashable, ...],
     ) -> None:
         super().__init__()
+        self.origin = origin
         for name, tensor in (("down", down), ("up", up), ("down_bias", down_bias), ("up_bias", up_bias)):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -32,7 +43,7 @@ class PoolSlice(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PoolSlice:
         """Share the tensors: a frozen pool is held once however often a model is copied."""
-        twin = PoolSlice(self.down, self.up, self.down_bias, self.up_bias)
+        twin = PoolSlice(self.down, self.up, self.down_bias, self.up_bias, origin=self.origin)
         memo[id(self)] = twin
         return twin
 

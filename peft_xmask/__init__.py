@@ -1,0 +1,24 @@
+"""Personalise one frozen model for very many profiles, as a plugin for Hugging Face PEFT.
+
+Importing this package makes its methods known to PEFT; from there on ``peft.get_peft_model``,
+``PeftModel.from_pretrained``, transformers' ``load_adapter`` and the Trainer work as with any other method.
+"""
+
+from ._version import __version__
+from .bottleneck import BottleneckConfig
+from .errors import PeftXMaskError
+from .integrations import XPEFTCallback
+from .pool import AdapterPool
+from .size import ProfileSize, profile_size
+from .xpeft import XPEFTConfig
+
+__all__ = [
+    "AdapterPool",
+    "BottleneckConfig",
+    "PeftXMaskError",
+    "ProfileSize",
+    "XPEFTCallback",
+    "XPEFTConfig",
+    "__version__",
+    "profile_size",
+]

@@ -1,0 +1,87 @@
+"""The guest room: the one file that touches PEFT's private names.
+
+PEFT has no plugin discovery, so importing :mod:`peft_xmask` adds its types to PEFT's enum and tables. Everything of
+PEFT that is not documented API is imported from here, and a test checks that each name still exists.
+"""
+
+from __future__ import annotations
+
+import warnings
+from enum import Enum
+from typing import Any
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_tuner_state_dict_key_prefixes,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
+from peft.utils import PeftType, register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+__all__ = [
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "add_member",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "include_all_linear_layers",
+    "peft_type",
+    "register",
+    "tuner_key_prefixes",
+]
+
+include_all_linear_layers = _maybe_include_all_linear_layers
+tuner_key_prefixes = _get_tuner_state_dict_key_prefixes
+
+
+def add_member(enum: type[Enum], name: str) -> Any:
+    """Add ``name`` to a string enum as a member whose value is its name; return the member that is there already.
+
+    Works on Python 3.10 to 3.13: builds the member by hand and enters it into the enum's tables.
+    """
+    if name in enum._member_map_:
+        return enum._member_map_[name]
+    member = str.__new__(enum, name)  # type: ignore[type-var]
+    member._name_ = name
+    member._value_ = name
+    member._sort_order_ = len(enum._member_names_)
+    enum._member_map_[name] = member
+    enum._value2member_map_[name] = member
+    enum._member_names_.append(name)
+    type.__setattr__(enum, name, member)
+    return member
+
+
+def peft_type(name: str) -> Any:
+    """The :class:`peft.PeftType` member called ``name``, added if PEFT does not have it."""
+    return add_member(PeftType, name)
+
+
+def register(name: str, config_cls: type, model_cls: type) -> bool:
+    """Make a method known to PEFT. Doing it twice is harmless.
+
+    Args:
+        name: lower-case name; the prefix of its state is ``name_``.
+
+    Returns:
+        Whether PEFT now uses our classes. False when another package, or PEFT itself, already has a method of that
+        name: it is left alone, and a warning says so.
+    """
+    member = peft_type(name.upper())
+    present = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    if present is None:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+        return True
+    if present.__module__.partition(".")[0] == __package__:
+        return True
+    warnings.warn(
+        f"PEFT already has a method '{name}' from {present.__module__}; peft_xmask leaves it in place. "
+        "Files of that type are read by the other implementation.",
+        stacklevel=2,
+    )
+    return False

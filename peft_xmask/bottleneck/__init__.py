@@ -1,0 +1,7 @@
+"""The classic bottleneck adapter: to grow pools from, and as a baseline."""
+
+from .config import BottleneckConfig
+from .layer import BottleneckLayer
+from .model import BottleneckModel
+
+__all__ = ["BottleneckConfig", "BottleneckLayer", "BottleneckModel"]

@@ -1,0 +1,33 @@
+"""The tuner of the bottleneck adapter."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from .._peft import register
+from ..config import SiteConfig
+from ..layer import SiteLayer
+from ..sites import Site
+from ..tuner import SiteTuner
+from .config import BottleneckConfig
+from .layer import BottleneckLayer
+
+
+class BottleneckModel(SiteTuner):
+    """Puts a bottleneck adapter on every site of a model. Made by ``get_peft_model(model, BottleneckConfig(...))``."""
+
+    prefix: ClassVar[str] = "bottleneck_adapter_"
+    tuner_layer_cls = BottleneckLayer
+
+    def _prepare_sites(self, config: SiteConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
+        self._sites = {site.name: site for site in sites}
+
+    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, name: str) -> None:
+        assert isinstance(layer, BottleneckLayer)
+        assert isinstance(config, BottleneckConfig)
+        layer.add(adapter_name, config, self._sites[name])
+
+
+register("bottleneck_adapter", BottleneckConfig, BottleneckModel)

@@ -1,0 +1,203 @@
+"""What our tuners share: finding sites, checking the base, putting layers in, rolling back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from torch import nn
+
+from ._peft import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    check_target_module_exists,
+    include_all_linear_layers,
+)
+from .errors import BaseMismatchError, ConfigError, MergeError, TargetError
+from .fingerprint import fingerprint_weights
+from .layer import SiteLayer, module_widths
+from .sites import Site
+from .targets import FFN_OUTPUT
+
+_LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+
+class SiteTuner(BaseTuner):
+    """Base of the tuners that put an adapter on sites.
+
+    A subclass names its ``prefix``, its ``tuner_layer_cls``, and implements :meth:`_prepare_sites` (check and build what
+    all sites share) and :meth:`_add_to_layer`.
+    """
+
+    tuner_layer_cls: type[SiteLayer]
+    target_module_mapping: ClassVar[Any] = FFN_OUTPUT
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model, or leave the model as it was.
+
+        Raises:
+            ConfigError: an adapter of this name exists, or a ``state_dict`` should choose the targets.
+            TargetError, BaseMismatchError: see :meth:`_prepare_model`.
+        """
+        if kwargs.get("state_dict") is not None:
+            raise ConfigError(
+                f"{self.peft_config[adapter_name].peft_type} cannot find its targets in a state dict, since its file "
+                "does not name them. Pass a config with `target_modules` instead."
+            )
+        self._injecting = adapter_name
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
+            raise TargetError(
+                f"No default target_modules for the architecture {model_config.get('model_type')!r}. Pass "
+                "target_modules, the names of the modules to adapt (usually the last linear layer of each feed-forward "
+                f"network). Architectures with a default: {', '.join(sorted(self.target_module_mapping))}."
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Find the sites and check everything before the first module is replaced."""
+        include_all_linear_layers(peft_config, model)
+        found = self._find_sites(peft_config, model)
+        if found:  # PEFT has its own words for targets that match nothing
+            self._check_base(peft_config, [layer for _, layer in found])
+            self._prepare_sites(peft_config, model, self._injecting, [site for site, _ in found])
+
+    def _find_sites(self, config: PeftConfig, model: nn.Module) -> list[tuple[Site, nn.Module]]:
+        inside: tuple[str, ...] = ()
+        found = []
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside or ("\0",)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (f"{name}.",)
+            if not self._check_target_module_exists(config, name):
+                continue
+            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            widths = module_widths(layer)
+            if widths is None:
+                raise TargetError(
+                    f"Module '{name}' is a {type(layer).__name__}, which cannot carry an adapter; expected a linear "
+                    "layer (nn.Linear, transformers' Conv1D, or a quantised linear). Change target_modules or "
+                    "exclude_modules."
+                )
+            reads = widths[0] if config.insertion_form == "parallel" else widths[1]
+            found.append((Site(name, reads, widths[1]), layer))
+        return found
+
+    def _check_base(self, config: PeftConfig, layers: list[nn.Module]) -> None:
+        found = fingerprint_weights(getattr(layer, "weight", None) for layer in layers)
+        expected = config.expected_base_fingerprint
+        if expected is not None and found is not None and expected != found:
+            raise BaseMismatchError(
+                f"This adapter was made for a base whose adapted weights have fingerprint {expected}; the base at hand "
+                f"has {found}. Load the base it was trained on (base_model_name_or_path: "
+                f"{config.base_model_name_or_path!r}). To use it on another base on purpose, load its config, set "
+                "base_fingerprint and expected_base_fingerprint to None, and pass that config.",
+                expected=expected,
+                found=found,
+            )
+        config.base_fingerprint = found or expected
+
+    def _prepare_sites(self, config: PeftConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
+        """Check and build what the sites of one adapter share. Raises before anything is changed."""
+        raise NotImplementedError
+
+    def _add_to_layer(self, layer: SiteLayer, config: PeftConfig, adapter_name: str, name: str) -> None:
+        """Give a layer its part of the adapter."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        """PEFT's rule, and ``layers_to_transform`` also with a regular expression as ``target_modules``."""
+        found = check_target_module_exists(peft_config, key)
+        indexes = peft_config.layers_to_transform
+        if found and isinstance(peft_config.target_modules, str) and indexes is not None:
+            wanted = [indexes] if isinstance(indexes, int) else list(indexes)
+            index = _layer_index(key, peft_config.layers_pattern)
+            return index is not None and index in wanted
+        return found
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if isinstance(target, self.tuner_layer_cls):
+            self._add_to_layer(target, peft_config, adapter_name, current_key)
+            return
+        layer = self.tuner_layer_cls(target)
+        self._add_to_layer(layer, peft_config, adapter_name, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse a merge that could not be exact, before any weight is touched."""
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, SiteLayer) and (reason := module.why_not_mergeable(self.active_adapters)):
+                raise MergeError(f"Cannot merge into '{name}': {reason}")
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pass ``adapter_names``, one name for each example of the batch, to the layers."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        names = self._check_adapter_names(list(names))
+        beams = kwargs.get("num_beams") or 1
+        handles = []
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        encoder_modules = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else ()
+        decoder_only = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        for module in self.modules():
+            if isinstance(module, (SiteLayer, AuxiliaryTrainingWrapper)):
+                repeat = 1 if module in encoder_modules and not decoder_only else beams
+                repeated = [name for name in names for _ in range(repeat)]
+                hook = partial(_pass_adapter_names, adapter_names=repeated)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: list[str]) -> list[str]:
+        if self.training:
+            raise ConfigError("adapter_names cannot be passed in training mode. Call model.eval() first.")
+        unknown = sorted({name for name in names if name != "__base__"} - set(self.peft_config))
+        if unknown:
+            raise ConfigError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Known: "
+                f"{', '.join(sorted(self.peft_config))}, or '__base__' for none."
+            )
+        return names
+
+
+def _pass_adapter_names(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _layer_index(name: str, patterns: str | list[str] | None) -> int | None:
+    if not patterns:
+        match = _LAYER_INDEX.match(name)
+        return int(match.group(1)) if match else None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(match.group(1))
+    return None

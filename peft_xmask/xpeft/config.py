@@ -1,0 +1,144 @@
+"""Configuration of X-PEFT."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from .._peft import peft_type
+from ..config import SiteConfig, require_choice, require_positive
+from ..errors import ConfigError
+from ..functional import ESTIMATORS, MASK_NORMS
+from ..pool import AdapterPool
+
+XPEFT = peft_type("XPEFT")
+
+MASK_TYPES = ("hard", "soft")
+DEFAULT_SCALE = {"random": 0.3}
+"""Initial gain by kind of pool; 1.0 for the kinds that are not named."""
+
+
+@dataclass
+class XPEFTConfig(SiteConfig):
+    """Masks over a frozen pool of N adapters: at site s and for profile p,
+
+    ``A = sum_i m_A[i] A_i,  B = g * sum_i m_B[i] B_i,  y <- y + B act(A y)``.
+
+    Only the masks ``m_A``, ``m_B`` and one gain ``g`` per site are trained.
+
+    Args:
+        pool: None for a random pool (made from the three fields below); a saved pool's folder or Hub id; or an
+            :class:`~peft_xmask.AdapterPool`.
+        num_adapters: N of a random pool. Of another pool, it is read from the pool.
+        bottleneck_size: b of a random pool, likewise.
+        pool_seed: seed of a random pool: the pool *is* its seed.
+        mask_type: ``"hard"``: exactly ``top_k`` of N, one bit each; ``"soft"``: softmax weights, two bytes each.
+        top_k: adapters in a hard mask; None: ``max(1, N // 2)``.
+        scale: initial gain g. None: 0.3 for a random pool, whose output then starts at a few tenths of the module's
+            own; 1.0 for a trained pool.
+        num_profiles: P, rows of the mask table.
+        learn_gain: whether g is trained: one half-precision number per site and profile.
+        mask_norm: ``"variance"``: the weights of a mask have unit 2-norm, which keeps the variance of a mix of
+            independent adapters at that of one; ``"mean"``: unit sum. None: ``"variance"`` for a random pool, ``"mean"``
+            for a trained one.
+        estimator: gradient of a hard mask: ``"identity"``, ``"softmax"`` or ``"sigmoid"``, see
+            :func:`peft_xmask.functional.hard_mask`.
+        temperature: of the softmax or of the estimator's stand-in.
+        gumbel_noise: standard Gumbel noise times this number is added to the logits in training; 0: none.
+        logit_scale: logits are ``logit_scale * weight``. With Adam, a step of the learning rate on ``weight`` moves a
+            logit by ``logit_scale`` times as much: masks want steps about 100 times those of a head.
+            :class:`~peft_xmask.XPEFTCallback` sets it from a learning rate of its own.
+        pool_fingerprint: of the pool; recorded when the adapter is made, checked when it is loaded.
+
+    The other fields are those of :class:`peft_xmask.config.SiteConfig`.
+
+    Raises:
+        ConfigError: a value that is not one of those above.
+
+    Source: X-PEFT (arXiv 2401.16137); gain, norms and logit_scale are ours.
+    """
+
+    pool: str | AdapterPool | None = field(default=None, metadata={"help": "None (random), folder, Hub id or pool."})
+    num_adapters: int = field(default=100, metadata={"help": "N of a random pool."})
+    bottleneck_size: int = field(default=48, metadata={"help": "Bottleneck of a random pool."})
+    pool_seed: int = field(default=0, metadata={"help": "Seed of a random pool."})
+    mask_type: str = field(default="hard", metadata={"help": "'hard' or 'soft'."})
+    top_k: int | None = field(default=None, metadata={"help": "Adapters in a hard mask; None: half of them."})
+    scale: float | None = field(default=None, metadata={"help": "Initial gain; None: by kind of pool."})
+    num_profiles: int = field(default=1, metadata={"help": "Rows of the mask table."})
+    learn_gain: bool = field(default=True, metadata={"help": "Train one gain per site."})
+    mask_norm: str | None = field(default=None, metadata={"help": "'variance' or 'mean'; None: by kind of pool."})
+    estimator: str = field(default="identity", metadata={"help": "Gradient of a hard mask."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the softmax or the estimator's stand-in."})
+    gumbel_noise: float = field(default=0.0, metadata={"help": "Size of Gumbel noise on the logits in training."})
+    logit_scale: float = field(default=100.0, metadata={"help": "Logits are logit_scale times what is trained."})
+    pool_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of the pool."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = XPEFT
+        for name in ("num_adapters", "bottleneck_size", "num_profiles"):
+            require_positive(name, getattr(self, name))
+        require_choice("mask_type", self.mask_type, MASK_TYPES)
+        require_choice("estimator", self.estimator, ESTIMATORS)
+        if self.mask_norm is not None:
+            require_choice("mask_norm", self.mask_norm, MASK_NORMS)
+        for name in ("temperature", "logit_scale"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not possible. Expected a number above 0.")
+        if not self.gumbel_noise >= 0:
+            raise ConfigError(f"gumbel_noise={self.gumbel_noise!r} is not possible. Expected a number of at least 0.")
+        if isinstance(self.pool, os.PathLike):
+            self.pool = os.fspath(self.pool)
+        if isinstance(self.pool, AdapterPool):
+            self._take_sizes(self.pool)
+        elif not (self.pool is None or isinstance(self.pool, str)):
+            raise ConfigError(
+                f"pool={self.pool!r} is not possible. Expected None, a folder or Hub id, or an AdapterPool."
+            )
+        if self.top_k is not None and self.pool is None or isinstance(self.pool, AdapterPool):
+            self._check_top_k()
+        self.expected_pool_fingerprint = self.pool_fingerprint
+
+    def resolve_pool(self) -> AdapterPool:
+        """The pool this config means, loaded if it is named by folder or id. Fields that depend on it are filled in."""
+        if self.pool is None:
+            pool = AdapterPool.random(self.num_adapters, self.bottleneck_size, self.pool_seed)
+        elif isinstance(self.pool, str):
+            pool = AdapterPool.from_pretrained(self.pool)
+        else:
+            pool = self.pool
+        self._take_sizes(pool)
+        if self.top_k is None:
+            self.top_k = max(1, self.num_adapters // 2)
+        self._check_top_k()
+        if self.scale is None:
+            self.scale = DEFAULT_SCALE.get(pool.kind, 1.0)
+        if self.mask_norm is None:
+            self.mask_norm = pool.mask_norm
+        return pool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them: a pool by its id."""
+        twin = copy.copy(self)
+        if isinstance(twin.pool, AdapterPool):
+            twin.pool = twin.pool.name_or_path
+        return super(XPEFTConfig, twin).to_dict()
+
+    def _take_sizes(self, pool: AdapterPool) -> None:
+        self.num_adapters, self.bottleneck_size = pool.num_adapters, pool.bottleneck_size
+        if pool.kind == "random":
+            assert pool.seed is not None
+            self.pool, self.pool_seed = None, pool.seed
+
+    def _check_top_k(self) -> None:
+        if self.top_k is None:
+            return
+        require_positive("top_k", self.top_k)
+        if self.top_k > self.num_adapters:
+            raise ConfigError(
+                f"top_k={self.top_k} is not possible with {self.num_adapters} adapters in the pool. Expected at most "
+                f"{self.num_adapters}."
+            )

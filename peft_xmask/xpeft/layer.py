@@ -1,0 +1,82 @@
+"""A module with pool adapters mixed by masks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ..functional import AdapterPair, mix
+from ..layer import AdapterForm, SiteLayer
+from ..pool import PoolSlice
+
+if TYPE_CHECKING:
+    from .table import MaskTable, Mixing
+
+
+class XPEFTSite(nn.Module):
+    """What one adapter has at one site: its slice of the pool and its place in the mask table.
+
+    Attributes:
+        pool: shared with every other adapter of the same pool.
+        index: position among the adapter's sites.
+        form: how the mixed adapter is applied.
+    """
+
+    def __init__(self, pool: PoolSlice, index: int, form: AdapterForm) -> None:
+        super().__init__()
+        self.pool = pool
+        self.index = index
+        self.form = form
+        self._baked: tuple[Mixing, Tensor, AdapterPair] | None = None
+
+    def pair(self, mixing: Mixing) -> AdapterPair:
+        """Mix the pool with the masks; while they stay the same and no gradient is wanted, keep the result.
+
+        Shapes: those of :class:`~peft_xmask.functional.AdapterPair`, with a batch dimension if the mixing has rows.
+        """
+        if self._baked is not None and self._baked[0] is mixing and self._baked[1] is self.pool.down:
+            return self._baked[2]
+        down_mask = mixing.mask[:, 0, self.index]
+        up_mask = mixing.mask[:, 1, self.index] * mixing.gain[:, self.index, None]
+        pair = AdapterPair(
+            down=mixing.spread(mix(down_mask, self.pool.down)),
+            up=mixing.spread(mix(up_mask, self.pool.up)),
+            down_bias=None if self.pool.down_bias is None else mixing.spread(mix(down_mask, self.pool.down_bias)),
+            up_bias=None if self.pool.up_bias is None else mixing.spread(mix(up_mask, self.pool.up_bias)),
+        )
+        self._baked = None if pair.down.requires_grad else (mixing, self.pool.down, pair)
+        return pair
+
+
+class XPEFTLayer(SiteLayer):
+    """One linear module and, for each adapter, the pool slice and masks that make it up.
+
+    It has no parameters: the masks are in the :class:`~peft_xmask.xpeft.table.MaskTable` at the model's root, the pool
+    is frozen and not saved.
+    """
+
+    adapter_layer_names = ("xpeft_sites",)
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.xpeft_sites = nn.ModuleDict()
+        self._table: tuple[MaskTable, ...] = ()
+
+    def add(self, adapter_name: str, site: XPEFTSite, table: MaskTable) -> None:
+        """Enter an adapter. ``table`` is held in a tuple: it belongs to the root, not to this module."""
+        self._table = (table,)
+        self.xpeft_sites[adapter_name] = site
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if weight is not None and not weight.is_meta:
+            site.to(weight.device)
+        self.set_adapter(self.active_adapters)
+
+    def form(self, adapter_name: str) -> AdapterForm | None:
+        """How the adapter is applied here; None if it is not at this site."""
+        return self.xpeft_sites[adapter_name].form if adapter_name in self.xpeft_sites else None
+
+    def pair(self, adapter_name: str) -> AdapterPair:
+        """The mixed adapter, with the gain in the up-projection."""
+        site: XPEFTSite = self.xpeft_sites[adapter_name]
+        return site.pair(self._table[0].mixing(adapter_name))

@@ -1,0 +1,239 @@
+"""The tuner of X-PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from .._peft import register
+from ..config import SiteConfig
+from ..errors import ConfigError, FileFormatError, PoolMismatchError
+from ..layer import SiteLayer
+from ..pool import AdapterPool, PoolSlice
+from ..sites import Site
+from ..tuner import SiteTuner
+from .config import XPEFTConfig
+from .layer import XPEFTLayer, XPEFTSite
+from .table import MaskSpec, MaskTable, begin_forward
+
+TABLE = "mask_table"
+"""Attribute of the base model's root that holds the table."""
+
+
+class XPEFTModel(SiteTuner):
+    """Puts a slice of a frozen pool on every site and one mask table at the root of a model.
+
+    Made by ``get_peft_model(model, XPEFTConfig(...))``.
+    """
+
+    prefix: ClassVar[str] = "xpeft_"
+    tuner_layer_cls = XPEFTLayer
+
+    def _prepare_sites(self, config: SiteConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
+        assert isinstance(config, XPEFTConfig)
+        present = getattr(model, TABLE, None)
+        if present is not None and not isinstance(present, MaskTable):
+            raise ConfigError(
+                f"The base model has an attribute '{TABLE}' of its own ({type(present).__name__}), where X-PEFT keeps its "
+                "masks. Wrap the model in another module."
+            )
+        pool = config.resolve_pool()
+        _check_pool(config, pool)
+        slices = pool.bind(sites)
+        config.pool_fingerprint = pool.fingerprint
+        self._slices: dict[str, tuple[int, PoolSlice]] = {
+            site.name: (index, part) for index, (site, part) in enumerate(zip(sites, slices, strict=True))
+        }
+
+    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, name: str) -> None:
+        assert isinstance(layer, XPEFTLayer)
+        assert isinstance(config, XPEFTConfig)
+        index, part = self._slices[name]
+        if index == 0:
+            self._add_to_table(config, adapter_name, layer)
+        layer.add(adapter_name, XPEFTSite(_shared(layer, part), index, config.form), self.table)
+
+    def _add_to_table(self, config: XPEFTConfig, adapter_name: str, first: XPEFTLayer) -> None:
+        """Done at the first site: before it, PEFT has not yet decided that the base is to be frozen."""
+        if not hasattr(self.model, TABLE):
+            table = MaskTable()
+            table.train(self.model.training)
+            setattr(self.model, TABLE, table)
+            table.hook = self.model.register_forward_pre_hook(begin_forward)
+        assert config.top_k is not None
+        assert config.scale is not None
+        assert config.mask_norm is not None
+        spec = MaskSpec(
+            num_profiles=config.num_profiles,
+            num_sites=len(self._slices),
+            num_adapters=config.num_adapters,
+            mask_type=config.mask_type,
+            top_k=config.top_k,
+            norm=config.mask_norm,
+            estimator=config.estimator,
+            scale=config.scale,
+            learn_gain=config.learn_gain,
+        )
+        self.table.add(
+            adapter_name,
+            spec,
+            trainable=not config.inference_mode,
+            logit_scale=config.logit_scale,
+            temperature=config.temperature,
+            noise=config.gumbel_noise,
+        )
+        weight = getattr(first.get_base_layer(), "weight", None)
+        if weight is not None and not weight.is_meta and weight.device.type != "cpu":
+            self.table.to(weight.device)
+
+    @property
+    def table(self) -> MaskTable:
+        """The mask table of the model."""
+        table: MaskTable = getattr(self.model, TABLE)
+        return table
+
+    def set_profile(self, row: int, adapter_name: str | None = None) -> None:
+        """Choose which of an adapter's profiles serves from now on. O(1): no module is visited.
+
+        Args:
+            row: from 0 to ``num_profiles - 1``.
+            adapter_name: None: the active adapter.
+
+        Raises:
+            ConfigError: no such row, or the adapter is merged.
+        """
+        if self.table.merged:
+            raise ConfigError("Cannot choose a profile while an adapter is merged. Call unmerge_adapter() first.")
+        self.table.set_rows(adapter_name or self.active_adapters[0], row)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """``adapter_names`` may be a LongTensor, one row of the active adapter for each example; in training too."""
+        rows = kwargs.get("adapter_names")
+        if not isinstance(rows, Tensor):
+            self.table.set_batch_rows(None)
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        count = self.table.specs[self.active_adapters[0]].num_profiles
+        if rows.dtype != torch.long or rows.dim() != 1 or bool(((rows < 0) | (rows >= count)).any()):
+            raise ConfigError(
+                f"Expected adapter_names as a LongTensor of rows from 0 to {count - 1}, one for each example; found "
+                f"{rows.dtype} of shape {tuple(rows.shape)}, values {rows.flatten()[:8].tolist()}."
+            )
+        self.table.set_batch_rows(rows)
+        yield
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if self.table.hook is not None:
+            self.table.hook.remove()
+        delattr(model, TABLE)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What is saved: the masks (and gains) as bytes, packed from the logits where there are any."""
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        table = find_table(model)
+        prefix = next(key.rpartition(".xpeft_")[0] for key in entries if f"{TABLE}.xpeft_bits.{adapter_name}." in key)
+        keys = {part: f"{prefix}.{part}.{adapter_name}.weight" for part in MaskTable.adapter_layer_names}
+        packed = {part: entries[key] for part, key in keys.items() if key in entries}
+        if "xpeft_logits" in packed:
+            bits, gain_bits = table.pack(adapter_name, packed["xpeft_logits"], packed.get("xpeft_gain"))
+            packed = {"xpeft_bits": bits, "xpeft_gain_bits": gain_bits}
+        names = ("xpeft_bits", "xpeft_gain_bits") if table.specs[adapter_name].learn_gain else ("xpeft_bits",)
+        return {keys[name]: packed[name] for name in names}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check the bytes of a file before any tensor reaches the model; for training, rebuild logits from them."""
+        table = find_table(model)
+        bits_key, gain_key = (_key_of(state_dict, part) for part in ("xpeft_bits", "xpeft_gain_bits"))
+        learn_gain = table.specs[adapter_name].learn_gain
+        if bits_key is None or (gain_key is None) == learn_gain:
+            expected = "xpeft_bits and xpeft_gain_bits" if learn_gain else "xpeft_bits alone"
+            raise FileFormatError(
+                f"Expected {expected} of a '{TABLE}' in the adapter file, found {sorted(state_dict) or 'nothing'}. The "
+                "file is damaged, or adapter_config.json (learn_gain) is of another one."
+            )
+        bits = state_dict[bits_key]
+        gain_bits = None if gain_key is None else state_dict[gain_key]
+        table.specs[adapter_name].check(bits, gain_bits)
+        if bits.shape[0] != table.specs[adapter_name].num_profiles:
+            raise FileFormatError(
+                f"Expected masks of {table.specs[adapter_name].num_profiles} profiles, found {bits.shape[0]}. The file is "
+                "damaged, or adapter_config.json (num_profiles) is of another one."
+            )
+        state_dict = dict(state_dict)
+        if table.is_trained(adapter_name):
+            logits, gain = table.unpack(adapter_name, bits, gain_bits)
+            state_dict[bits_key.replace("xpeft_bits", "xpeft_logits")] = logits
+            state_dict[bits_key] = torch.zeros_like(bits)
+            if gain_key is not None and gain is not None:
+                state_dict[gain_key.replace("xpeft_gain_bits", "xpeft_gain")] = gain
+                state_dict[gain_key] = torch.zeros_like(state_dict[gain_key])
+            table.rebuilt.add(adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def find_table(model: nn.Module) -> MaskTable:
+    """The mask table inside a model, wrapped by PEFT or not.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    for module in model.modules():
+        if isinstance(module, MaskTable):
+            return module
+    raise ConfigError(f"Expected a model with an X-PEFT adapter, found a {type(model).__name__} without one.")
+
+
+def _key_of(state_dict: dict[str, Tensor], part: str) -> str | None:
+    return next((key for key in state_dict if key.endswith(f"{TABLE}.{part}.weight")), None)
+
+
+def _shared(layer: XPEFTLayer, part: PoolSlice) -> PoolSlice:
+    """The slice that an earlier adapter of the same pool already has at this site, if any."""
+    for site in layer.xpeft_sites.values():
+        if site.pool.origin == part.origin:
+            present: PoolSlice = site.pool
+            return present
+    return part
+
+
+def _check_pool(config: XPEFTConfig, pool: AdapterPool) -> None:
+    expected = config.expected_pool_fingerprint
+    if expected is not None and pool.fingerprint != expected:
+        raise PoolMismatchError(
+            f"This profile was trained on the pool with fingerprint {expected}; the pool at hand ({pool!r}) has "
+            f"{pool.fingerprint}. Its config names the pool {config.pool!r}: load that one, or set config.pool to it.",
+            expected=expected,
+            found=pool.fingerprint,
+        )
+    wanted = {"insertion_form": pool.insertion_form, "activation": pool.activation, "layer_norm": pool.layer_norm}
+    for name, value in wanted.items():
+        if value is not None and getattr(config, name) != value:
+            raise PoolMismatchError(
+                f"The adapters of this {pool.kind} pool were made with {name}={value!r}; the config says "
+                f"{name}={getattr(config, name)!r}. Pass {name}={value!r} to XPEFTConfig.",
+                expected=value,
+                found=getattr(config, name),
+            )
+
+
+register("xpeft", XPEFTConfig, XPEFTModel)
