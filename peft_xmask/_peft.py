@@ -7,7 +7,6 @@ PEFT that is not documented API is imported from here, and a test checks that ea
 from __future__ import annotations
 
 import warnings
-from enum import Enum
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -39,14 +38,14 @@ include_all_linear_layers = _maybe_include_all_linear_layers
 tuner_key_prefixes = _get_tuner_state_dict_key_prefixes
 
 
-def add_member(enum: type[Enum], name: str) -> Any:
+def add_member(enum: Any, name: str) -> Any:
     """Add ``name`` to a string enum as a member whose value is its name; return the member that is there already.
 
     Works on Python 3.10 to 3.13: builds the member by hand and enters it into the enum's tables.
     """
     if name in enum._member_map_:
         return enum._member_map_[name]
-    member = str.__new__(enum, name)  # type: ignore[type-var]
+    member = str.__new__(enum, name)
     member._name_ = name
     member._value_ = name
     member._sort_order_ = len(enum._member_names_)

@@ -208,7 +208,7 @@ class TextClassifier:
         loss = 0.0
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = collate([encoded[index] for index in chosen]).to(self.model.device)
+            batch = {name: part.to(self.model.device) for name, part in collate([encoded[i] for i in chosen]).items()}
             labels = batch.pop("labels")
             logits = self.model(**batch).logits.float()
             loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))

@@ -4,11 +4,11 @@ An example is the prose of one docstring; its label is the chapter of the Python
 module it comes from. The table from module to chapter below is ours. Sources are parsed, not imported; a few modules
 written in C are imported, since their docstrings exist nowhere else.
 
-What is done to a docstring: doctests and what follows them, signatures and field lists go; the first paragraphs that make up at most
-``MAX_WORDS`` words stay; the name of its own module becomes the word "module", so that the label has to be read off the
-meaning; texts under ``MIN_WORDS`` words and repeated texts go; no module gives more than ``MAX_PER_MODULE`` and no
-chapter more than ``MAX_PER_CHAPTER`` examples. The same Python installation and seed give the same corpus; another Python
-version gives a slightly different one, because its library is.
+What is done to a docstring: doctests and what follows them, signatures and field lists go; the first paragraphs that
+make up at most ``MAX_WORDS`` words stay; the name of its own module becomes the word "module", so that the label has to
+be read off the meaning; texts under ``MIN_WORDS`` words and repeated texts go; no module gives more than
+``MAX_PER_MODULE`` and no chapter more than ``MAX_PER_CHAPTER`` examples. The same Python installation and seed give the
+same corpus; another Python version gives a slightly different one, because its library is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ MAX_PER_CHAPTER = 240
 CHAPTERS: dict[str, str] = {
     "Data Types": "datetime zoneinfo calendar collections heapq bisect array weakref types copy pprint enum graphlib",
     "Numeric and Mathematical Modules": "numbers math cmath decimal fractions random statistics",
-    "File and Directory Access": "pathlib fileinput stat filecmp tempfile glob fnmatch linecache shutil posixpath ntpath",
+    "File and Directory Access": (
+        "pathlib fileinput stat filecmp tempfile glob fnmatch linecache shutil posixpath ntpath"
+    ),
     "Data Compression and Archiving": "zlib gzip bz2 lzma zipfile tarfile",
     "Generic Operating System Services": "os io time logging platform ctypes argparse optparse getpass getopt curses",
     "Concurrent Execution": "threading multiprocessing concurrent subprocess sched queue contextvars",

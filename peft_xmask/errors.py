@@ -72,3 +72,7 @@ class MaskMismatchError(MismatchError):
 
 class MissingExtraError(PeftXMaskError, ImportError):
     """An optional dependency is needed and not installed."""
+
+
+class PeftXMaskWarning(UserWarning):
+    """Something works, but not quite as one might expect."""

@@ -61,7 +61,8 @@ def hard_mask(logits: Tensor, top_k: int, *, estimator: str, norm: str, temperat
 
     - ``identity``: ``m = w * logits``;
     - ``softmax``: ``m = w * k * softmax(logits / temperature)``;
-    - ``sigmoid``: ``m = w * sigmoid((logits - t) / temperature)``, t half-way between the last logit in and the first out.
+    - ``sigmoid``: ``m = w * sigmoid((logits - t) / temperature)``, t half-way between the last logit that is in and the
+      first that is out.
 
     Args:
         logits: float32, shape ``[..., N]``.
@@ -78,7 +79,8 @@ def hard_mask(logits: Tensor, top_k: int, *, estimator: str, norm: str, temperat
 def soft_mask(logits: Tensor, *, norm: str, temperature: float = 1.0) -> Tensor:
     """Softmax weights, normalised, of logits rounded to half precision as they are shipped.
 
-    ``s = softmax(half(logits / temperature))``; ``m = s`` for ``norm="mean"``, ``m = s / |s|_2`` for ``norm="variance"``.
+    ``s = softmax(half(logits / temperature))``; for ``norm="mean"`` ``m = s``, for ``norm="variance"``
+    ``m = s / |s|_2``.
 
     Args:
         logits: float32, shape ``[..., N]``.
@@ -150,7 +152,8 @@ def mix(mask: Tensor, pool: Tensor) -> Tensor:
         flat = pool.flatten(1)
         weights = mask.to(device=pool.device, dtype=pool.dtype)
         mixed = torch.mv(flat.t(), weights[0]).unsqueeze(0) if weights.shape[0] == 1 else weights @ flat
-        return mixed.unflatten(-1, pool.shape[1:])
+        out: Tensor = mixed.unflatten(-1, pool.shape[1:])
+        return out
 
 
 def adapt(x: Tensor, pair: AdapterPair, *, activation: str, layer_norm: bool, dropout: float = 0.0) -> Tensor:
@@ -235,8 +238,9 @@ class _Gain(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scale: float, step: float) -> Tensor:
-        ctx.gain, ctx.step = (scale * torch.exp(step * weight)).half().float(), step
-        return ctx.gain.clone()
+        gain = (scale * torch.exp(step * weight)).half().float()
+        ctx.gain, ctx.step = gain, step
+        return gain.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -16,10 +16,12 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class MeanPooledClassifier(PreTrainedModel):
-    """Classify texts from mean-pooled hidden states: ``logits = W mean_t(h_t) + b`` over the tokens that are not padding.
+    """Classify texts from mean-pooled hidden states.
 
-    It is a transformers model, so ``get_peft_model(..., task_type="SEQ_CLS")`` trains and saves ``classifier`` beside any
-    adapter, and Trainer and gradient checkpointing work as usual. It shares the backbone; it does not copy it.
+    ``logits = W mean_t(h_t) + b``, the mean taken over the tokens that are not padding.
+
+    It is a transformers model, so ``get_peft_model(..., task_type="SEQ_CLS")`` trains and saves ``classifier`` beside
+    any adapter, and Trainer and gradient checkpointing work as usual. It shares the backbone; it does not copy it.
 
     Args:
         backbone: any model of ``AutoModel`` whose first output is the last hidden state ``[B, T, d]``.

@@ -53,6 +53,12 @@ def module_widths(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module's weight is; None if it has none or it is on the meta device."""
+    weight = getattr(module, "weight", None)
+    return weight.device if isinstance(weight, Tensor) and not weight.is_meta else None
+
+
 class SiteLayer(nn.Module, BaseTunerLayer):
     """Wraps one linear module. Subclasses say which adapters there are, and give each as a pair of matrices.
 
@@ -90,7 +96,7 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
         if adapter_names is not None:
@@ -106,7 +112,7 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         source = y if form.insertion_form == "sequential" else x
         pair = self.pair(name)
         if not torch.is_autocast_enabled(source.device.type):
-            source = self._cast_input_dtype(source, pair.down.dtype)
+            source = self._cast_input_dtype(source, pair.down.dtype)  # type: ignore[no-untyped-call]
         change = adapt(source, pair, activation=form.activation, layer_norm=form.layer_norm, dropout=self.dropout(name))
         return change.to(y.dtype)
 
@@ -133,7 +139,7 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         """Why these adapters cannot be merged into this module's weight, or None if they can."""
         base = self.get_base_layer()
         if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
-            return f"its weight is quantised ({type(base).__name__}), and merging would round it. Use the adapter unmerged."
+            return f"its weight is quantised ({type(base).__name__}): merging would round it. Use the adapter unmerged."
         for name in adapter_names:
             form = self.form(name)
             if form is None:
@@ -164,12 +170,8 @@ class SiteLayer(nn.Module, BaseTunerLayer):
             return
         if reason := self.why_not_mergeable(names):
             raise MergeError(f"Cannot merge: {reason}")
-        base = self.get_base_layer()
-        original = self._before_merge or (
-            base.weight.data.clone(),
-            None if base.bias is None else base.bias.data.clone(),
-        )
-        weight, bias = base.weight.data, None if base.bias is None else base.bias.data
+        weight, bias = self._weight_and_bias()
+        original = self._before_merge or (weight.clone(), None if bias is None else bias.clone())
         for name in names:
             weight, bias = self._merged(name, original, weight, bias)
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
@@ -185,8 +187,12 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         self._before_merge = None
         self.merged_adapters.clear()
 
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        base: Any = self.get_base_layer()
+        return base.weight.data, None if base.bias is None else base.bias.data
+
     def _put_back(self, weight: Tensor, bias: Tensor | None) -> None:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         base.weight.data = weight.to(base.weight.device)
         if bias is not None:
             base.bias.data = bias.to(base.bias.device)

@@ -12,7 +12,7 @@ from .xpeft import XPEFTConfig
 
 METHODS = ("xpeft", "bottleneck", "lora", "head")
 LEARNING_RATES = {"xpeft": 3e-3, "bottleneck": 3e-3, "lora": 3e-3, "head": 1e-2}
-"""Default learning rate of each method; for X-PEFT, of the head and the gains (docs/demo.md says how they were chosen)."""
+"""Default learning rate of each method; X-PEFT's masks have another. docs/demo.md says how they were chosen."""
 
 
 def method_config(

@@ -6,9 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-from peft import PeftConfig
 from torch import nn
 
 from ._peft import (
@@ -18,6 +17,7 @@ from ._peft import (
     check_target_module_exists,
     include_all_linear_layers,
 )
+from .config import SiteConfig
 from .errors import BaseMismatchError, ConfigError, MergeError, TargetError
 from .fingerprint import fingerprint_weights
 from .layer import SiteLayer, module_widths
@@ -30,12 +30,13 @@ _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 class SiteTuner(BaseTuner):
     """Base of the tuners that put an adapter on sites.
 
-    A subclass names its ``prefix``, its ``tuner_layer_cls``, and implements :meth:`_prepare_sites` (check and build what
-    all sites share) and :meth:`_add_to_layer`.
+    A subclass names its ``prefix``, its ``tuner_layer_cls`` (what PEFT's walks visit), its ``site_layer_cls`` (what is
+    put in place of a module), and implements :meth:`_prepare_sites` (check and build what all sites share) and
+    :meth:`_add_to_layer`.
     """
 
-    tuner_layer_cls: type[SiteLayer]
-    target_module_mapping: ClassVar[Any] = FFN_OUTPUT
+    site_layer_cls: type[SiteLayer]
+    target_module_mapping: Any = FFN_OUTPUT
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, or leave the model as it was.
@@ -52,7 +53,7 @@ class SiteTuner(BaseTuner):
         self._injecting = adapter_name
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
             raise TargetError(
                 f"No default target_modules for the architecture {model_config.get('model_type')!r}. Pass "
@@ -61,7 +62,7 @@ class SiteTuner(BaseTuner):
             )
         return super()._prepare_adapter_config(peft_config, model_config)
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find the sites and check everything before the first module is replaced."""
         include_all_linear_layers(peft_config, model)
         found = self._find_sites(peft_config, model)
@@ -69,7 +70,7 @@ class SiteTuner(BaseTuner):
             self._check_base(peft_config, [layer for _, layer in found])
             self._prepare_sites(peft_config, model, self._injecting, [site for site, _ in found])
 
-    def _find_sites(self, config: PeftConfig, model: nn.Module) -> list[tuple[Site, nn.Module]]:
+    def _find_sites(self, config: SiteConfig, model: nn.Module) -> list[tuple[Site, nn.Module]]:
         inside: tuple[str, ...] = ()
         found = []
         for name, module in model.named_modules():
@@ -91,7 +92,7 @@ class SiteTuner(BaseTuner):
             found.append((Site(name, reads, widths[1]), layer))
         return found
 
-    def _check_base(self, config: PeftConfig, layers: list[nn.Module]) -> None:
+    def _check_base(self, config: SiteConfig, layers: list[nn.Module]) -> None:
         found = fingerprint_weights(getattr(layer, "weight", None) for layer in layers)
         expected = config.expected_base_fingerprint
         if expected is not None and found is not None and expected != found:
@@ -105,16 +106,16 @@ class SiteTuner(BaseTuner):
             )
         config.base_fingerprint = found or expected
 
-    def _prepare_sites(self, config: PeftConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
+    def _prepare_sites(self, config: SiteConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
         """Check and build what the sites of one adapter share. Raises before anything is changed."""
         raise NotImplementedError
 
-    def _add_to_layer(self, layer: SiteLayer, config: PeftConfig, adapter_name: str, name: str) -> None:
+    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, name: str) -> None:
         """Give a layer its part of the adapter."""
         raise NotImplementedError
 
     @staticmethod
-    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
         """PEFT's rule, and ``layers_to_transform`` also with a regular expression as ``target_modules``."""
         found = check_target_module_exists(peft_config, key)
         indexes = peft_config.layers_to_transform
@@ -126,7 +127,7 @@ class SiteTuner(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: PeftConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -134,10 +135,10 @@ class SiteTuner(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        if isinstance(target, self.tuner_layer_cls):
+        if isinstance(target, self.site_layer_cls):
             self._add_to_layer(target, peft_config, adapter_name, current_key)
             return
-        layer = self.tuner_layer_cls(target)
+        layer = self.site_layer_cls(target)
         self._add_to_layer(layer, peft_config, adapter_name, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 from torch import Tensor, nn
 
 from ..functional import AdapterPair
@@ -19,12 +21,14 @@ class BottleneckLayer(SiteLayer):
     [d_out, b]``, ``.bias [d_out]``.
     """
 
+    bottleneck_adapter_down: MutableMapping[str, nn.Linear]
+    bottleneck_adapter_up: MutableMapping[str, nn.Linear]
     adapter_layer_names = ("bottleneck_adapter_down", "bottleneck_adapter_up")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.bottleneck_adapter_down = nn.ModuleDict()
-        self.bottleneck_adapter_up = nn.ModuleDict()
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
         self._configs: dict[str, BottleneckConfig] = {}
 
     def add(self, adapter_name: str, config: BottleneckConfig, site: Site) -> None:

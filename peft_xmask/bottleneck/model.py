@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import nn
 
 from .._peft import register
@@ -18,8 +16,9 @@ from .layer import BottleneckLayer
 class BottleneckModel(SiteTuner):
     """Puts a bottleneck adapter on every site of a model. Made by ``get_peft_model(model, BottleneckConfig(...))``."""
 
-    prefix: ClassVar[str] = "bottleneck_adapter_"
+    prefix = "bottleneck_adapter_"
     tuner_layer_cls = BottleneckLayer
+    site_layer_cls = BottleneckLayer
 
     def _prepare_sites(self, config: SiteConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
         self._sites = {site.name: site for site in sites}

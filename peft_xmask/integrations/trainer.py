@@ -29,8 +29,8 @@ class XPEFTCallback(TrainerCallback):
     logits beside each checkpoint and puts them back on ``resume_from_checkpoint``, so that an interrupted run ends with
     the very weights of an uninterrupted one.
 
-    Logged, beside the loss: ``mask_entropy`` (of the softmax over the N adapters, 1 = uniform), ``mask_churn`` (share of
-    the chosen adapters that were not chosen at the last log) and ``mask_gain`` (mean gain).
+    Logged, beside the loss: ``mask_entropy`` (of the softmax over the N adapters, 1 = uniform), ``mask_churn`` (share
+    of the chosen adapters that were not chosen at the last log) and ``mask_gain`` (mean gain).
 
     Args:
         mask_learning_rate: of the logits, in force when the Trainer's learning rate is at its peak; it follows the same
@@ -169,11 +169,12 @@ def _put_back(table: MaskTable, tensors: dict[str, Tensor], metadata: dict[str, 
             if stored is None or stored.shape != weight.shape:
                 found = "nothing" if stored is None else tuple(stored.shape)
                 raise FileFormatError(
-                    f"Expected the training state of adapter '{name}' with shape {tuple(weight.shape)} in '{path}', found "
-                    f"{found}. The checkpoint is of another run."
+                    f"Expected the training state of adapter '{name}' with shape {tuple(weight.shape)} in '{path}', "
+                    f"found {found}. The checkpoint is of another run."
                 )
         with torch.no_grad():
             for weight, stored in pairs:
+                assert stored is not None
                 weight.copy_(stored)
         table.logit_scale[name] = notes[name]["logit_scale"]
         table.temperature[name] = notes[name]["temperature"]
@@ -181,4 +182,5 @@ def _put_back(table: MaskTable, tensors: dict[str, Tensor], metadata: dict[str, 
 
 
 def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    assert args.output_dir is not None
     return Path(args.output_dir) / f"checkpoint-{step}"

@@ -22,10 +22,9 @@ DEFAULT_SCALE = {"random": 0.3}
 
 @dataclass
 class XPEFTConfig(SiteConfig):
-    """Masks over a frozen pool of N adapters: at site s and for profile p,
+    """Masks over a frozen pool of N adapters.
 
-    ``A = sum_i m_A[i] A_i,  B = g * sum_i m_B[i] B_i,  y <- y + B act(A y)``.
-
+    At site s and for profile p, ``A = sum_i m_A[i] A_i, B = g * sum_i m_B[i] B_i, y <- y + B act(A y)``.
     Only the masks ``m_A``, ``m_B`` and one gain ``g`` per site are trained.
 
     Args:
@@ -41,8 +40,8 @@ class XPEFTConfig(SiteConfig):
         num_profiles: P, rows of the mask table.
         learn_gain: whether g is trained: one half-precision number per site and profile.
         mask_norm: ``"variance"``: the weights of a mask have unit 2-norm, which keeps the variance of a mix of
-            independent adapters at that of one; ``"mean"``: unit sum. None: ``"variance"`` for a random pool, ``"mean"``
-            for a trained one.
+            independent adapters at that of one; ``"mean"``: unit sum. None: ``"variance"`` for a random pool,
+            ``"mean"`` for a trained one.
         estimator: gradient of a hard mask: ``"identity"``, ``"softmax"`` or ``"sigmoid"``, see
             :func:`peft_xmask.functional.hard_mask`.
         temperature: of the softmax or of the estimator's stand-in.
@@ -88,6 +87,8 @@ class XPEFTConfig(SiteConfig):
         for name in ("temperature", "logit_scale"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not possible. Expected a number above 0.")
+        if self.scale is not None and not self.scale > 0:
+            raise ConfigError(f"scale={self.scale!r} is not possible. Expected a number above 0.")
         if not self.gumbel_noise >= 0:
             raise ConfigError(f"gumbel_noise={self.gumbel_noise!r} is not possible. Expected a number of at least 0.")
         if isinstance(self.pool, os.PathLike):
@@ -98,7 +99,7 @@ class XPEFTConfig(SiteConfig):
             raise ConfigError(
                 f"pool={self.pool!r} is not possible. Expected None, a folder or Hub id, or an AdapterPool."
             )
-        if self.top_k is not None and self.pool is None or isinstance(self.pool, AdapterPool):
+        if not isinstance(self.pool, str):
             self._check_top_k()
         self.expected_pool_fingerprint = self.pool_fingerprint
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import MutableMapping
 
 from torch import Tensor, nn
 
 from ..functional import AdapterPair, mix
-from ..layer import AdapterForm, SiteLayer
+from ..layer import AdapterForm, SiteLayer, device_of
 from ..pool import PoolSlice
-
-if TYPE_CHECKING:
-    from .table import MaskTable, Mixing
+from .table import MaskTable, Mixing, XPEFTModule
 
 
 class XPEFTSite(nn.Module):
@@ -49,27 +47,28 @@ class XPEFTSite(nn.Module):
         return pair
 
 
-class XPEFTLayer(SiteLayer):
+class XPEFTLayer(SiteLayer, XPEFTModule):
     """One linear module and, for each adapter, the pool slice and masks that make it up.
 
     It has no parameters: the masks are in the :class:`~peft_xmask.xpeft.table.MaskTable` at the model's root, the pool
     is frozen and not saved.
     """
 
+    xpeft_sites: MutableMapping[str, XPEFTSite]
     adapter_layer_names = ("xpeft_sites",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.xpeft_sites = nn.ModuleDict()
+        self.add_module("xpeft_sites", nn.ModuleDict())
         self._table: tuple[MaskTable, ...] = ()
 
     def add(self, adapter_name: str, site: XPEFTSite, table: MaskTable) -> None:
         """Enter an adapter. ``table`` is held in a tuple: it belongs to the root, not to this module."""
         self._table = (table,)
         self.xpeft_sites[adapter_name] = site
-        weight = getattr(self.get_base_layer(), "weight", None)
-        if weight is not None and not weight.is_meta:
-            site.to(weight.device)
+        device = device_of(self.get_base_layer())
+        if device is not None:
+            site.to(device)
         self.set_adapter(self.active_adapters)
 
     def form(self, adapter_name: str) -> AdapterForm | None:
@@ -78,5 +77,4 @@ class XPEFTLayer(SiteLayer):
 
     def pair(self, adapter_name: str) -> AdapterPair:
         """The mixed adapter, with the gain in the up-projection."""
-        site: XPEFTSite = self.xpeft_sites[adapter_name]
-        return site.pair(self._table[0].mixing(adapter_name))
+        return self.xpeft_sites[adapter_name].pair(self._table[0].mixing(adapter_name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from .._peft import register
 from ..config import SiteConfig
 from ..errors import ConfigError, FileFormatError, PoolMismatchError
-from ..layer import SiteLayer
+from ..layer import SiteLayer, device_of
 from ..pool import AdapterPool, PoolSlice
 from ..sites import Site
 from ..tuner import SiteTuner
 from .config import XPEFTConfig
 from .layer import XPEFTLayer, XPEFTSite
-from .table import MaskSpec, MaskTable, begin_forward
+from .spec import MaskSpec
+from .table import MaskTable, XPEFTModule, begin_forward
 
 TABLE = "mask_table"
 """Attribute of the base model's root that holds the table."""
@@ -31,16 +32,17 @@ class XPEFTModel(SiteTuner):
     Made by ``get_peft_model(model, XPEFTConfig(...))``.
     """
 
-    prefix: ClassVar[str] = "xpeft_"
-    tuner_layer_cls = XPEFTLayer
+    prefix = "xpeft_"
+    tuner_layer_cls = XPEFTModule
+    site_layer_cls = XPEFTLayer
 
     def _prepare_sites(self, config: SiteConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
         assert isinstance(config, XPEFTConfig)
         present = getattr(model, TABLE, None)
         if present is not None and not isinstance(present, MaskTable):
             raise ConfigError(
-                f"The base model has an attribute '{TABLE}' of its own ({type(present).__name__}), where X-PEFT keeps its "
-                "masks. Wrap the model in another module."
+                f"The base model has an attribute '{TABLE}' of its own ({type(present).__name__}), where X-PEFT keeps "
+                "its masks. Wrap the model in another module."
             )
         pool = config.resolve_pool()
         _check_pool(config, pool)
@@ -87,9 +89,9 @@ class XPEFTModel(SiteTuner):
             temperature=config.temperature,
             noise=config.gumbel_noise,
         )
-        weight = getattr(first.get_base_layer(), "weight", None)
-        if weight is not None and not weight.is_meta and weight.device.type != "cpu":
-            self.table.to(weight.device)
+        device = device_of(first.get_base_layer())
+        if device is not None and device.type != "cpu":
+            self.table.to(device)
 
     @property
     def table(self) -> MaskTable:
@@ -129,8 +131,8 @@ class XPEFTModel(SiteTuner):
         self.table.set_batch_rows(rows)
         yield
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         if self.table.hook is not None:
             self.table.hook.remove()
         delattr(model, TABLE)
@@ -176,8 +178,8 @@ class XPEFTModel(SiteTuner):
         table.specs[adapter_name].check(bits, gain_bits)
         if bits.shape[0] != table.specs[adapter_name].num_profiles:
             raise FileFormatError(
-                f"Expected masks of {table.specs[adapter_name].num_profiles} profiles, found {bits.shape[0]}. The file is "
-                "damaged, or adapter_config.json (num_profiles) is of another one."
+                f"Expected masks of {table.specs[adapter_name].num_profiles} profiles, found {bits.shape[0]}. The file "
+                "is damaged, or adapter_config.json (num_profiles) is of another one."
             )
         state_dict = dict(state_dict)
         if table.is_trained(adapter_name):

@@ -1,13 +1,15 @@
 """The mask table: every mask of a model, in one place at its root.
 
 Trained state is ``xpeft_logits.<name>.weight [P, 2*S*N]`` and ``xpeft_gain.<name>.weight [P, S]``; shipped state is
-``xpeft_bits.<name>.weight`` and ``xpeft_gain_bits.<name>.weight``, bytes (see :class:`MaskSpec`).
+``xpeft_bits.<name>.weight`` and ``xpeft_gain_bits.<name>.weight``: bytes, see
+:class:`~peft_xmask.xpeft.spec.MaskSpec`.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,66 +20,11 @@ from torch.utils.hooks import RemovableHandle
 from .._peft import BaseTunerLayer, check_adapters_to_merge
 from ..errors import ConfigError, MaskFormatError
 from ..functional import gain_weight, hard_mask, mask_weight, pick_rows, scaled_gain, select_top_k, soft_mask
-from ..packing import check_bits, pack_bits, pack_halves, packed_size, unpack_bits, unpack_halves
+from ..packing import pack_bits, pack_halves, unpack_bits, unpack_halves
+from .spec import MaskSpec
 
 REBUILT_LOGIT = 0.1
 INIT_STD = 0.01
-
-
-@dataclass(frozen=True)
-class MaskSpec:
-    """What the masks of one adapter are: P profiles, S sites, N adapters, and how logits become masks.
-
-    Shapes of the bytes: hard masks ``[P, 2, S, ceil(N / 8)]``, soft masks ``[P, 2, S, 2 * N]`` (half-precision logits),
-    gains ``[P, S, 2]`` (half-precision numbers).
-    """
-
-    num_profiles: int
-    num_sites: int
-    num_adapters: int
-    mask_type: str
-    top_k: int
-    norm: str
-    estimator: str
-    scale: float
-    learn_gain: bool
-
-    @property
-    def logits_shape(self) -> tuple[int, int, int, int]:
-        """``(P, 2, S, N)``."""
-        return self.num_profiles, 2, self.num_sites, self.num_adapters
-
-    @property
-    def bits_shape(self) -> tuple[int, int, int, int]:
-        """Shape of the shipped masks."""
-        width = packed_size(self.num_adapters) if self.mask_type == "hard" else 2 * self.num_adapters
-        return self.num_profiles, 2, self.num_sites, width
-
-    @property
-    def gain_shape(self) -> tuple[int, int, int]:
-        """Shape of the shipped gains."""
-        return self.num_profiles, self.num_sites, 2
-
-    def check(self, bits: Tensor, gain_bits: Tensor | None) -> None:
-        """Refuse bytes that are not masks of this kind. Any number of profiles is accepted in the first dimension.
-
-        Raises:
-            MaskFormatError: another shape or dtype, masks that are not exactly k of N, numbers that are not finite.
-        """
-        for name, found, shape in (("bits", bits, self.bits_shape), ("gain_bits", gain_bits, self.gain_shape)):
-            if found is None:
-                continue
-            if found.dtype != torch.uint8 or tuple(found.shape[1:]) != shape[1:]:
-                raise MaskFormatError(
-                    f"Expected {name} as uint8 of shape {shape}, found {found.dtype} of shape {tuple(found.shape)}. "
-                    "The file is damaged, or belongs to a pool or base of another size."
-                )
-        if self.mask_type == "hard":
-            check_bits(bits, self.num_adapters, self.top_k)
-        elif not unpack_halves(bits).isfinite().all():
-            raise MaskFormatError("Expected finite logits in a soft mask, found NaN or infinity. The file is damaged.")
-        if gain_bits is not None and not unpack_halves(gain_bits).isfinite().all():
-            raise MaskFormatError("Expected finite gains, found NaN or infinity. The file is damaged.")
 
 
 @dataclass(eq=False)
@@ -95,6 +42,10 @@ class Mixing:
     def spread(self, mixed: Tensor) -> Tensor:
         """From one tensor per distinct row to one per example, or to the only one. ``[R, ...] -> [B, ...]``."""
         return mixed[0] if self.index is None else mixed[self.index.to(mixed.device)]
+
+
+class XPEFTModule(BaseTunerLayer):
+    """What PEFT visits when it sets, enables or deletes an X-PEFT adapter: the sites and the table."""
 
 
 class Trained(nn.Module):
@@ -115,13 +66,17 @@ class Shipped(nn.Module):
         self.register_buffer("weight", weight)
 
 
-class MaskTable(nn.Module, BaseTunerLayer):
+class MaskTable(nn.Module, XPEFTModule):
     """Masks of all sites, profiles and adapters of one model.
 
     An adapter made for training has logits, and bytes that stay zero unless a file is loaded into them; an adapter made
     for inference has bytes only. Masks of all sites are computed together, once per forward pass.
     """
 
+    xpeft_logits: MutableMapping[str, Trained]
+    xpeft_gain: MutableMapping[str, Trained]
+    xpeft_bits: MutableMapping[str, Shipped]
+    xpeft_gain_bits: MutableMapping[str, Shipped]
     adapter_layer_names = ("xpeft_logits", "xpeft_gain", "xpeft_bits", "xpeft_gain_bits")
 
     def __init__(self) -> None:
@@ -366,10 +321,9 @@ class MaskTable(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
-        for notes in (self.specs, self.temperature, self.logit_scale, self.gumbel_noise, self._rows, self._cache):
-            notes.pop(adapter_name, None)  # type: ignore[attr-defined]
-        self._noise.pop(adapter_name, None)
-        self._inbox.pop(adapter_name, None)
+        notes: list[dict[str, Any]] = [self.specs, self.temperature, self.logit_scale, self.gumbel_noise]
+        for note in (*notes, self._rows, self._cache, self._noise, self._inbox):
+            note.pop(adapter_name, None)  # type: ignore[arg-type, attr-defined]
         self.rebuilt.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -1,0 +1,5 @@
+"""``python -m peft_xmask.cli``."""
+
+from . import main
+
+main()

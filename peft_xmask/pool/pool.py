@@ -1,0 +1,276 @@
+"""The pool a user holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..sites import Site
+from . import bottleneck, lora, storage
+from .dtypes import dtype_name, require_storage_dtype
+from .folders import HubOptions, find_folder
+from .random import RandomAdapters
+from .slice import PoolSlice
+from .trained import TrainedAdapters, stack
+
+PathLike = str | os.PathLike[str]
+
+
+class AdapterPool:
+    """N frozen adapters per site, shared by every profile.
+
+    Made by :meth:`random`, :meth:`from_lora`, :meth:`from_bottleneck` or :meth:`from_pretrained`. It never changes: a
+    copy is the pool itself, and two pools are equal when their fingerprints are. Only ``name_or_path`` is set anew, by
+    :meth:`save_pretrained` and :meth:`push_to_hub`.
+    """
+
+    def __init__(self, adapters: RandomAdapters | TrainedAdapters, name_or_path: str | None = None) -> None:
+        self._adapters = adapters
+        self._name_or_path = name_or_path
+
+    @classmethod
+    def random(
+        cls, num_adapters: int = 100, bottleneck_size: int = 48, seed: int = 0, *, dtype: torch.dtype = torch.float32
+    ) -> AdapterPool:
+        """A pool of untrained adapters. It *is* its seed: numbers are made when a model is bound.
+
+        The same (seed, site, adapter) gives the same bits for any N, machine, number of threads and order. Scales are
+        those of :class:`~peft_xmask.pool.random.RandomAdapters`.
+
+        Args:
+            num_adapters: N.
+            bottleneck_size: b.
+            seed: 0 <= seed < 2**64.
+            dtype: float32, or bfloat16 or float16, to which the float32 numbers are rounded.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        return cls(RandomAdapters(num_adapters, bottleneck_size, seed, dtype))
+
+    @classmethod
+    def from_lora(
+        cls,
+        adapters: Sequence[PathLike],
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+    ) -> AdapterPool:
+        """A pool of LoRA adapters that PEFT saved: ``down = lora_A``, ``up = scale * lora_B``, parallel, linear.
+
+        Args:
+            adapters: folders or Hub ids; equal targets and rank. ``lora_alpha`` may differ.
+            dtype: to store them in; None: the adapters' own if they agree on one, else float32.
+            revision: of the Hub ids.
+            token: for the Hub.
+            cache_dir: of the Hub's files.
+
+        Raises:
+            ConfigError: an adapter that cannot be found or is no plain LoRA, or adapters that differ, each difference
+                listed.
+            FileFormatError: a file that is missing or damaged; a pickle instead of safetensors.
+        """
+        folders = _folders(adapters, lora.FILENAMES, HubOptions(revision, token, cache_dir))
+        return cls(stack("lora", [lora.read_lora(folder) for folder in folders], _checked(dtype)))
+
+    @classmethod
+    def from_bottleneck(
+        cls,
+        adapters: Sequence[PathLike],
+        *,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+    ) -> AdapterPool:
+        """A pool of bottleneck adapters: ours (peft_type BOTTLENECK_ADAPTER), or AdapterHub's `seq_bn` in safetensors.
+
+        Args:
+            adapters: folders or Hub ids; equal targets, bottleneck, activation and form.
+            dtype: to store them in; None: the adapters' own if they agree on one, else float32.
+            revision: of the Hub ids.
+            token: for the Hub.
+            cache_dir: of the Hub's files.
+
+        Raises:
+            ConfigError: an adapter that cannot be found or whose form a pool cannot take, or adapters that differ, each
+                difference listed.
+            FileFormatError: a file that is missing or damaged; a pickle instead of safetensors.
+        """
+        folders = _folders(adapters, bottleneck.FILENAMES, HubOptions(revision, token, cache_dir))
+        return cls(stack("bottleneck", [bottleneck.read_bottleneck(folder) for folder in folders], _checked(dtype)))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pool_id: PathLike,
+        *,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> AdapterPool:
+        """Load a saved pool. Tensors are memory-mapped: read when used, and shared with other processes.
+
+        Args:
+            pool_id: folder or Hub id.
+            revision: of the Hub id.
+            subfolder: of the folder or Hub id.
+            token: for the Hub.
+            cache_dir: of the Hub's files.
+            dtype: to hold them in; None: as stored.
+
+        Raises:
+            ConfigError: no such folder or Hub repository, or a dtype that is not one of the three.
+            FileFormatError: a damaged file; names what is wrong.
+            PoolMismatchError: the tensors are not those of the recorded fingerprint.
+        """
+        hub = HubOptions(revision, token, cache_dir)
+        folder = find_folder(pool_id, storage.FILENAMES, hub, subfolder)
+        name = str(Path(pool_id) / (subfolder or "")) if Path(pool_id).is_dir() else os.fspath(pool_id)
+        return cls(storage.read_pool(folder, _checked(dtype)), name)
+
+    def save_pretrained(self, save_directory: PathLike) -> None:
+        """Write the pool to a folder: ``pool.json``, a model card and, for a trained pool, ``pool.safetensors``.
+
+        Raises:
+            ConfigError: the directory's name is that of a file.
+        """
+        storage.write_pool(Path(save_directory), self._adapters)
+        self._name_or_path = os.fspath(save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the pool to a Hub repository, which is created if need be.
+
+        Returns:
+            The address of the commit.
+        """
+        address = storage.upload_pool(
+            self._adapters, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+        )
+        self._name_or_path = repo_id
+        return address
+
+    def bind(self, sites: Sequence[Site]) -> list[PoolSlice]:
+        """The pool's part for each site, in order. Models that use the same pool share the tensors.
+
+        The sites of a random pool are known by their position; those of a trained pool by name, where a prefix may
+        differ, and there must be as many as the pool has.
+
+        Raises:
+            PoolMismatchError: another number of sites, other names, or another width; nothing has been made then.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            return self._adapters.bind(sites)
+
+    @property
+    def kind(self) -> str:
+        """``"random"``, ``"lora"`` or ``"bottleneck"``."""
+        return self._adapters.kind
+
+    @property
+    def num_adapters(self) -> int:
+        """N."""
+        return self._adapters.num_adapters
+
+    @property
+    def bottleneck_size(self) -> int:
+        """Width b between the projections; of LoRA adapters, the rank."""
+        return self._adapters.bottleneck_size
+
+    @property
+    def fingerprint(self) -> str:
+        """What a profile trained on this pool belongs to; the same whatever the dtype the pool is held in."""
+        return self._adapters.fingerprint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensors."""
+        return self._adapters.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that must be stored and shipped: of a trained pool its tensors; 0 of a random pool, which is a seed."""
+        return self._adapters.nbytes
+
+    @property
+    def seed(self) -> int | None:
+        """Of a random pool; else None."""
+        return self._adapters.seed
+
+    @property
+    def name_or_path(self) -> str | None:
+        """Folder or Hub id under which the pool was last saved or from which it was loaded; None if neither."""
+        return self._name_or_path
+
+    @property
+    def insertion_form(self) -> str | None:
+        """``"sequential"`` or ``"parallel"``; None: any (random)."""
+        return self._adapters.insertion_form
+
+    @property
+    def activation(self) -> str | None:
+        """Name of the activation; None: any (random)."""
+        return self._adapters.activation
+
+    @property
+    def layer_norm(self) -> bool | None:
+        """Whether a LayerNorm stands before the activation; None: either (random)."""
+        return self._adapters.layer_norm
+
+    @property
+    def mask_norm(self) -> str:
+        """How masks over this pool are normalised by default: ``"variance"`` (random) or ``"mean"`` (trained)."""
+        return self._adapters.mask_norm
+
+    @property
+    def target_modules(self) -> list[str] | None:
+        """Names of the sites, sorted; None: any (random)."""
+        return self._adapters.target_modules
+
+    def __eq__(self, other: object) -> bool:
+        return self.fingerprint == other.fingerprint if isinstance(other, AdapterPool) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __copy__(self) -> AdapterPool:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdapterPool:
+        return self
+
+    def __repr__(self) -> str:
+        seed = f", seed={self.seed}" if self.seed is not None else ""
+        return (
+            f"AdapterPool({self.kind}, num_adapters={self.num_adapters}, bottleneck_size={self.bottleneck_size}{seed}, "
+            f"dtype={dtype_name(self.dtype)}, fingerprint={self.fingerprint})"
+        )
+
+
+def _checked(dtype: torch.dtype | None) -> torch.dtype | None:
+    return None if dtype is None else require_storage_dtype(dtype)
+
+
+def _folders(adapters: Sequence[PathLike], filenames: Sequence[str], hub: HubOptions) -> list[Any]:
+    if isinstance(adapters, (str, os.PathLike)):
+        raise ConfigError(
+            f"Expected a list of folders or Hub ids, found one: {os.fspath(adapters)!r}. Put it in a list."
+        )
+    return [find_folder(adapter, filenames, hub) for adapter in adapters]

@@ -1,0 +1,264 @@
+"""Pools on disk and on the Hub: ``pool.json``, and ``pool.safetensors`` for a trained pool.
+
+``pool.json`` is one object. Of every pool: ``format`` ("peft_xmask.pool"), ``format_version`` (1), ``kind``,
+``num_adapters``, ``bottleneck_size``, ``dtype``, ``fingerprint``. Of a random pool: ``seed``. Of a trained pool:
+``insertion_form``, ``activation``, ``layer_norm``, ``sites`` (name, in_features, out_features, biases; sorted by name),
+``sources``, and of the tensor file ``file_bytes`` and ``file_sha256``. No other fields.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from torch import Tensor
+
+from ..errors import ConfigError, FileFormatError, PoolMismatchError
+from ..files import dtype_from_name, read_tensors, sha256_of_file, write_tensors, write_text
+from ..functional import ACTIVATIONS
+from .card import model_card
+from .dtypes import dtype_name
+from .folders import Folder
+from .random import RandomAdapters
+from .sharing import hold
+from .trained import PARTS, SiteTensors, TrainedAdapters
+
+JSON_FILE = "pool.json"
+TENSOR_FILE = "pool.safetensors"
+CARD_FILE = "README.md"
+FILENAMES = (JSON_FILE, TENSOR_FILE)
+
+FORMAT = "peft_xmask.pool"
+FORMAT_VERSION = 1
+
+_Check = tuple[Callable[[Any], bool], str]
+_COUNT: _Check = (lambda x: type(x) is int and x >= 1, "a whole number of at least 1")
+_TEXT: _Check = (lambda x: isinstance(x, str) and x != "", "a string")
+_FLAG: _Check = (lambda x: type(x) is bool, "true or false")
+
+
+def _one_of(*values: object) -> _Check:
+    return (lambda x: isinstance(x, (str, int)) and not isinstance(x, bool) and x in values, f"one of {values}")
+
+
+def _list_of(check: Callable[[Any], bool], what: str) -> _Check:
+    return (lambda x: isinstance(x, list) and len(x) > 0 and all(check(item) for item in x), f"a list of {what}")
+
+
+_SITE: Mapping[str, _Check] = {"name": _TEXT, "in_features": _COUNT, "out_features": _COUNT, "biases": _FLAG}
+_COMMON: Mapping[str, _Check] = {
+    "format": _one_of(FORMAT),
+    "format_version": _one_of(FORMAT_VERSION),
+    "kind": _one_of("random", "lora", "bottleneck"),
+    "num_adapters": _COUNT,
+    "bottleneck_size": _COUNT,
+    "dtype": _one_of("float32", "bfloat16", "float16"),
+    "fingerprint": _TEXT,
+}
+_RANDOM: Mapping[str, _Check] = {**_COMMON, "seed": (lambda x: type(x) is int and 0 <= x < 2**64, "0 <= seed < 2**64")}
+_TRAINED: Mapping[str, _Check] = {
+    **_COMMON,
+    "insertion_form": _one_of("sequential", "parallel"),
+    "activation": _one_of(*sorted(ACTIVATIONS)),
+    "layer_norm": _FLAG,
+    "sites": _list_of(lambda x: isinstance(x, dict), "objects"),
+    "sources": _list_of(lambda x: isinstance(x, str), "strings"),
+    "file_bytes": _COUNT,
+    "file_sha256": (lambda x: isinstance(x, str) and len(x) == 64, "64 hexadecimal digits"),
+}
+
+
+def write_pool(folder: Path, adapters: RandomAdapters | TrainedAdapters) -> None:
+    """Write a pool. Each file is replaced whole, ``pool.json`` last; a mixture of two pools is refused when it is read.
+
+    Raises:
+        ConfigError: ``folder`` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"Expected a directory to save the pool in, found a file: '{folder}'.")
+    facts: dict[str, object] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": adapters.kind,
+        "num_adapters": adapters.num_adapters,
+        "bottleneck_size": adapters.bottleneck_size,
+        "dtype": dtype_name(adapters.dtype),
+        "fingerprint": adapters.fingerprint,
+    }
+    tensor_file = folder / TENSOR_FILE
+    if isinstance(adapters, RandomAdapters):
+        facts["seed"] = adapters.seed
+    else:
+        write_tensors(tensor_file, dict(_named(adapters)))
+        facts.update(_trained_facts(adapters, tensor_file))
+    write_text(folder / CARD_FILE, model_card(adapters))
+    write_text(folder / JSON_FILE, json.dumps(facts, indent=1) + "\n")
+    if isinstance(adapters, RandomAdapters):
+        tensor_file.unlink(missing_ok=True)
+
+
+def _named(adapters: TrainedAdapters) -> list[tuple[str, Tensor]]:
+    return [(f"{name}.{part}", tensor) for name, site in adapters.sites.items() for part, tensor in site.parts()]
+
+
+def _trained_facts(adapters: TrainedAdapters, tensor_file: Path) -> dict[str, object]:
+    return {
+        "insertion_form": adapters.insertion_form,
+        "activation": adapters.activation,
+        "layer_norm": adapters.layer_norm,
+        "sites": [
+            {
+                "name": name,
+                "in_features": site.in_features,
+                "out_features": site.out_features,
+                "biases": site.down_bias is not None,
+            }
+            for name, site in adapters.sites.items()
+        ],
+        "sources": list(adapters.sources),
+        "file_bytes": tensor_file.stat().st_size,
+        "file_sha256": sha256_of_file(tensor_file),
+    }
+
+
+def read_pool(folder: Folder, dtype: torch.dtype | None) -> RandomAdapters | TrainedAdapters:
+    """Read a pool and check all of it.
+
+    Args:
+        folder: where it lies.
+        dtype: to hold the tensors in; None: as stored.
+
+    Raises:
+        FileFormatError: a field, the file's size or digest, or a tensor's name, shape or dtype is not as documented.
+        PoolMismatchError: the content has another fingerprint than the one recorded.
+    """
+    facts = folder.read_json(JSON_FILE)
+    where = folder.path / JSON_FILE
+    _check_fields(where, facts, _RANDOM if facts.get("kind") == "random" else _TRAINED)
+    stored = dtype_from_name(facts["dtype"])
+    if facts["kind"] == "random":
+        made = RandomAdapters(facts["num_adapters"], facts["bottleneck_size"], facts["seed"], dtype or stored)
+        _check_fingerprint(where, facts["fingerprint"], made.fingerprint)
+        return made
+    tensors = _read_checked(folder.path / TENSOR_FILE, where, facts, stored)
+    adapters = _assemble(facts, tensors, facts["file_sha256"])
+    _check_fingerprint(where, facts["fingerprint"], adapters.fingerprint)
+    return _held(facts, tensors, dtype or stored)
+
+
+def _check_fields(where: Path, facts: Mapping[str, Any], checks: Mapping[str, _Check]) -> None:
+    for name, (fits, expected) in checks.items():
+        if name not in facts or not fits(facts[name]):
+            found = repr(facts[name])[:80] if name in facts else "nothing"
+            raise FileFormatError(f"Expected {name} to be {expected} in '{where}', found {found}.")
+    unknown = sorted(set(facts) - set(checks))
+    if unknown:
+        raise FileFormatError(f"Unknown fields {unknown} in '{where}'. Expected only {sorted(checks)}.")
+    for site in facts.get("sites", ()):
+        _check_fields(where, site, _SITE)
+    if "sources" in facts and len(facts["sources"]) != facts["num_adapters"]:
+        raise FileFormatError(
+            f"Expected {facts['num_adapters']} sources in '{where}', one per adapter, found {len(facts['sources'])}."
+        )
+
+
+def _check_fingerprint(where: Path, recorded: str, found: str) -> None:
+    if recorded != found:
+        raise PoolMismatchError(
+            f"'{where}' records the fingerprint {recorded}, but the pool in this folder has {found}. The files are of "
+            "two different pools; fetch or write the pool again.",
+            expected=recorded,
+            found=found,
+        )
+
+
+def _read_checked(path: Path, where: Path, facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The memory-mapped tensors of a file whose size, digest, names, shapes and dtypes are those of ``facts``."""
+    size = path.stat().st_size if path.is_file() else None
+    if size != facts["file_bytes"]:
+        found = "found none" if size is None else f"found {size} bytes: truncated, oversized or of another pool"
+        raise FileFormatError(f"Expected {facts['file_bytes']} bytes in '{path}', as '{where}' says; {found}.")
+    digest = sha256_of_file(path)
+    if digest != facts["file_sha256"]:
+        raise FileFormatError(
+            f"Expected '{path}' to have the SHA-256 digest {facts['file_sha256']}, as '{where}' says, found {digest}. "
+            "The file is damaged or of another pool; fetch or write it again."
+        )
+    tensors, _ = read_tensors(path)
+    found_forms = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    expected = _expected_forms(facts, dtype)
+    for name in sorted(set(expected) | set(found_forms)):
+        if expected.get(name) != found_forms.get(name):
+            raise FileFormatError(
+                f"Expected tensor '{name}' of '{path}' to be {expected.get(name, 'absent')}, found "
+                f"{found_forms.get(name, 'nothing')}."
+            )
+    return tensors
+
+
+def _expected_forms(facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    n, b = facts["num_adapters"], facts["bottleneck_size"]
+    forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for site in facts["sites"]:
+        name, d_in, d_out = site["name"], site["in_features"], site["out_features"]
+        forms[f"{name}.down"] = ((n, b, d_in), dtype)
+        forms[f"{name}.up"] = ((n, d_out, b), dtype)
+        if site["biases"]:
+            forms[f"{name}.down_bias"] = ((n, b), dtype)
+            forms[f"{name}.up_bias"] = ((n, d_out), dtype)
+    return forms
+
+
+def _held(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> TrainedAdapters:
+    """The pool in ``dtype``, on the tensors that another load of the same file already gave, if any."""
+    digest = facts["file_sha256"]
+    keys = [(digest, dtype, name) for name in tensors]
+    held = hold(keys, lambda missing: [tensors[key[2]].to(dtype) for key in missing])
+    return _assemble(facts, dict(zip(tensors, held, strict=True)), (digest, dtype))
+
+
+def _assemble(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], identity: Hashable) -> TrainedAdapters:
+    names = sorted(site["name"] for site in facts["sites"])
+    sites = {
+        name: SiteTensors(**{part: tensors[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in tensors})
+        for name in names
+    }
+    return TrainedAdapters(
+        kind=facts["kind"],
+        insertion_form=facts["insertion_form"],
+        activation=facts["activation"],
+        layer_norm=facts["layer_norm"],
+        sites=sites,
+        sources=tuple(facts["sources"]),
+        identity=identity,
+    )
+
+
+def upload_pool(
+    adapters: RandomAdapters | TrainedAdapters,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str | None,
+) -> str:
+    """Create a Hub repository if need be and upload a pool; the address of the commit."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_pool(Path(folder), adapters)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            revision=revision,
+            commit_message=commit_message or f"Upload adapter pool {adapters.fingerprint}",
+        )
+    return str(commit.commit_url)

@@ -1,0 +1,249 @@
+"""Trained adapters: one as it was read, and N of them stacked."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, PoolMismatchError
+from ..fingerprint import digest_of, sample_signs
+from ..sites import Site
+from .dtypes import STORAGE_DTYPES
+from .matching import match_names
+from .slice import PoolSlice
+
+PARTS = ("down", "up", "down_bias", "up_bias")
+
+
+@dataclass(frozen=True)
+class SiteTensors:
+    """Matrices at one site.
+
+    Shapes of one adapter: ``down [b, d_in]``, ``up [d_out, b]``, ``down_bias [b]`` or None, ``up_bias [d_out]`` or
+    None. Stacked, each has a leading dimension N.
+    """
+
+    down: Tensor
+    up: Tensor
+    down_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that are there, with their names."""
+        for name in PARTS:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                yield name, tensor
+
+    @property
+    def in_features(self) -> int:
+        """Width the adapters read."""
+        return int(self.down.shape[-1])
+
+    @property
+    def out_features(self) -> int:
+        """Width the adapters write."""
+        return int(self.up.shape[-2])
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """One adapter as it was read.
+
+    Attributes:
+        source: folder name or Hub id.
+        facts: what must agree for adapters to be mixed, by name, in words a user knows.
+        sites: by module name.
+        insertion_form, activation, layer_norm: how the adapter is applied.
+    """
+
+    source: str
+    facts: Mapping[str, object]
+    sites: Mapping[str, SiteTensors]
+    insertion_form: str
+    activation: str
+    layer_norm: bool
+
+
+@dataclass(frozen=True)
+class TrainedAdapters:
+    """N trained adapters, stacked at each site.
+
+    Attributes:
+        kind: ``"lora"`` or ``"bottleneck"``.
+        sites: stacked tensors by module name, sorted by name.
+        sources: names of the N adapters.
+        identity: decides the numbers; equal only for tensors that are equal.
+    """
+
+    kind: str
+    insertion_form: str
+    activation: str
+    layer_norm: bool
+    sites: Mapping[str, SiteTensors]
+    sources: tuple[str, ...]
+    identity: Hashable
+
+    mask_norm = "mean"
+    seed = None
+
+    @property
+    def num_adapters(self) -> int:
+        """N."""
+        return int(self._first.down.shape[0])
+
+    @property
+    def bottleneck_size(self) -> int:
+        """Width b."""
+        return int(self._first.down.shape[1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all tensors."""
+        return self._first.down.dtype
+
+    @property
+    def target_modules(self) -> list[str]:
+        """Names of the sites, sorted."""
+        return list(self.sites)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for site in self.sites.values() for _, tensor in site.parts())
+
+    @property
+    def _first(self) -> SiteTensors:
+        return next(iter(self.sites.values()))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of how the adapters are applied, site names, shapes, and the sign bits of all values."""
+        parts = [f"{self.kind} {self.insertion_form} {self.activation} {self.layer_norm}".encode()]
+        for name, site in self.sites.items():
+            for part, tensor in site.parts():
+                parts += [f"{name}.{part} {tuple(tensor.shape)}".encode(), sample_signs(tensor, limit=None)]
+        return digest_of(parts)
+
+    def bind(self, sites: Sequence[Site]) -> list[PoolSlice]:
+        """The slices of ``sites``, in order; see :meth:`AdapterPool.bind`."""
+        partners = match_names([site.name for site in sites], list(self.sites))
+        for site, partner in zip(sites, partners, strict=True):
+            there = self.sites[partner]
+            widths = (there.in_features, there.out_features)
+            if widths != (site.in_features, site.out_features):
+                raise PoolMismatchError(
+                    f"The pool's adapters at '{partner}' read width {widths[0]} and write width {widths[1]}; the "
+                    f"module '{site.name}' has {site.in_features} and {site.out_features}. Use a base model of "
+                    "the size the pool was made for, or another pool.",
+                    expected=widths,
+                    found=(site.in_features, site.out_features),
+                )
+        return [
+            PoolSlice(there.down, there.up, there.down_bias, there.up_bias, origin=(self.identity, partner))
+            for partner, there in ((partner, self.sites[partner]) for partner in partners)
+        ]
+
+
+class _Unique:
+    """Equal to itself alone: the identity of tensors that were made in this process."""
+
+
+def stack(kind: str, adapters: Sequence[TrainedAdapter], dtype: torch.dtype | None) -> TrainedAdapters:
+    """Stack adapters that agree.
+
+    Args:
+        kind: of the pool.
+        adapters: as they were read.
+        dtype: to store them in; None: the adapters' own if they agree on one, else float32.
+
+    Raises:
+        ConfigError: no adapters, adapters that differ (each difference is listed), values that are not finite, or up-
+            projections that are all zero.
+    """
+    if not adapters:
+        raise ConfigError("Expected at least one adapter to make a pool of, found none.")
+    _check_agreement(adapters)
+    first = adapters[0]
+    renamed = [_rename(adapter, list(first.sites)) for adapter in adapters]
+    dtype = dtype or _common_dtype(adapters)
+    sites = {name: _stack_site([adapter.sites[name] for adapter in renamed], dtype) for name in sorted(first.sites)}
+    sources = tuple(adapter.source for adapter in adapters)
+    stacked = TrainedAdapters(
+        kind, first.insertion_form, first.activation, first.layer_norm, sites, sources, identity=_Unique()
+    )
+    _check_values(stacked)
+    return stacked
+
+
+def _check_agreement(adapters: Sequence[TrainedAdapter]) -> None:
+    first = adapters[0]
+    differences = []
+    for adapter in adapters[1:]:
+        found = [
+            f"{name}={adapter.facts.get(name)!r} instead of {value!r}"
+            for name, value in first.facts.items()
+            if None not in (value, adapter.facts.get(name)) and adapter.facts.get(name) != value
+        ]
+        found += _site_differences(adapter, first)
+        if found:
+            differences.append(f"  '{adapter.source}': {'; '.join(found)}")
+    if differences:
+        raise ConfigError(
+            f"Expected adapters that agree with the first, '{first.source}'; {len(differences)} of {len(adapters)} do "
+            "not. Leave them out, or make a pool of their own:\n" + "\n".join(differences)
+        )
+
+
+def _site_differences(adapter: TrainedAdapter, first: TrainedAdapter) -> list[str]:
+    try:
+        partners = match_names(list(adapter.sites), list(first.sites))
+    except PoolMismatchError:
+        extra, missing = sorted(set(adapter.sites) - set(first.sites)), sorted(set(first.sites) - set(adapter.sites))
+        return [f"targets: {len(extra)} more ({extra[:3]}), {len(missing)} missing ({missing[:3]})"]
+    for name, partner in zip(adapter.sites, partners, strict=True):
+        shapes = {part: tuple(tensor.shape) for part, tensor in adapter.sites[name].parts()}
+        expected = {part: tuple(tensor.shape) for part, tensor in first.sites[partner].parts()}
+        if shapes != expected:
+            return [f"shapes at '{name}': {shapes} instead of {expected}"]
+    return []
+
+
+def _rename(adapter: TrainedAdapter, names: list[str]) -> TrainedAdapter:
+    """The adapter with the site names of the first one."""
+    partners = match_names(list(adapter.sites), names)
+    return replace(adapter, sites=dict(zip(partners, adapter.sites.values(), strict=True)))
+
+
+def _common_dtype(adapters: Sequence[TrainedAdapter]) -> torch.dtype:
+    dtypes = {part.dtype for adapter in adapters for site in adapter.sites.values() for _, part in site.parts()}
+    only = dtypes.pop()
+    return only if not dtypes and only in STORAGE_DTYPES else torch.float32
+
+
+def _stack_site(members: Sequence[SiteTensors], dtype: torch.dtype) -> SiteTensors:
+    stacked = {
+        part: torch.stack([getattr(member, part).to(dtype) for member in members]) for part, _ in members[0].parts()
+    }
+    return SiteTensors(**stacked)
+
+
+def _check_values(adapters: TrainedAdapters) -> None:
+    for name, site in adapters.sites.items():
+        for part, tensor in site.parts():
+            if not tensor.isfinite().all():
+                wrong = (~tensor.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+                names = [adapters.sources[index] for index in wrong]
+                raise ConfigError(
+                    f"Expected finite numbers, found inf or NaN in '{name}.{part}' of {names} "
+                    f"stored as {adapters.dtype}. Leave these adapters out, or choose a dtype with more range."
+                )
+    if not any(site.up.any() for site in adapters.sites.values()):
+        raise ConfigError(
+            "The up-projections (lora_B) of all adapters are zero: every mix of them would do nothing. Expected "
+            "trained adapters; these look as freshly made."
+        )

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+from peft import PeftConfig
+
+from peft_xmask import AdapterPool, XPEFTConfig
+from peft_xmask.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mask_type": "fuzzy"}, "mask_type='fuzzy' is not known. Expected one of: 'hard', 'soft'"),
+        ({"top_k": 0}, "top_k=0"),
+        ({"top_k": 101}, "top_k=101 is not possible with 100 adapters"),
+        ({"num_adapters": 0}, "num_adapters=0"),
+        ({"bottleneck_size": -1}, "bottleneck_size=-1"),
+        ({"num_profiles": 0}, "num_profiles=0"),
+        ({"num_adapters": 2.5}, "num_adapters=2.5"),
+        ({"activation": "swishy"}, "activation='swishy'"),
+        ({"insertion_form": "sideways"}, "insertion_form='sideways'"),
+        ({"estimator": "magic"}, "estimator='magic'"),
+        ({"mask_norm": "max"}, "mask_norm='max'"),
+        ({"temperature": 0.0}, "temperature=0.0"),
+        ({"logit_scale": -1.0}, "logit_scale=-1.0"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"gumbel_noise": -0.1}, "gumbel_noise=-0.1"),
+        ({"pool": 7}, "pool=7"),
+        ({"layers_pattern": "layer"}, "`layers_to_transform` must also be specified"),
+    ],
+)
+def test_bad_fields_are_refused_in_words(fields: dict, words: str):
+    with pytest.raises(ConfigError) as caught:
+        XPEFTConfig(**fields)
+    assert words in str(caught.value)
+
+
+def test_round_trip_through_json(tmp_path):
+    config = XPEFTConfig(num_adapters=40, top_k=10, target_modules=["a", "b"], insertion_form="parallel", pool_seed=3)
+    config.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is XPEFTConfig
+    assert again.to_dict() == config.to_dict()
+    json.loads((tmp_path / "adapter_config.json").read_text())
+
+
+def test_a_random_pool_object_becomes_its_seed():
+    config = XPEFTConfig(pool=AdapterPool.random(30, 8, seed=5))
+    assert (config.pool, config.num_adapters, config.bottleneck_size, config.pool_seed) == (None, 30, 8, 5)
+
+
+def test_an_unknown_architecture_says_what_to_pass():
+    from peft import get_peft_model
+    from torch import nn
+
+    from peft_xmask.errors import TargetError
+
+    with pytest.raises(TargetError, match="Pass target_modules") as caught:
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), XPEFTConfig())
+    assert "llama" in str(caught.value)
