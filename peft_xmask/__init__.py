@@ -6,7 +6,7 @@ Importing this package makes its methods known to PEFT; from there on ``peft.get
 
 from ._version import __version__
 from .bottleneck import BottleneckConfig
-from .errors import PeftXMaskError
+from .errors import PeftXMaskError, PeftXMaskWarning
 from .integrations import XPEFTCallback
 from .pool import AdapterPool
 from .size import ProfileSize, profile_size
@@ -16,6 +16,7 @@ __all__ = [
     "AdapterPool",
     "BottleneckConfig",
     "PeftXMaskError",
+    "PeftXMaskWarning",
     "ProfileSize",
     "XPEFTCallback",
     "XPEFTConfig",

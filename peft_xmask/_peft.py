@@ -21,6 +21,8 @@ from peft.tuners.tuners_utils import (
 from peft.utils import PeftType, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
 
+from .errors import PeftXMaskWarning
+
 __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
@@ -81,6 +83,7 @@ def register(name: str, config_cls: type, model_cls: type) -> bool:
     warnings.warn(
         f"PEFT already has a method '{name}' from {present.__module__}; peft_xmask leaves it in place. "
         "Files of that type are read by the other implementation.",
+        PeftXMaskWarning,
         stacklevel=2,
     )
     return False

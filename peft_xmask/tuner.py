@@ -31,8 +31,7 @@ class SiteTuner(BaseTuner):
     """Base of the tuners that put an adapter on sites.
 
     A subclass names its ``prefix``, its ``tuner_layer_cls`` (what PEFT's walks visit), its ``site_layer_cls`` (what is
-    put in place of a module), and implements :meth:`_prepare_sites` (check and build what all sites share) and
-    :meth:`_add_to_layer`.
+    put in place of a module), and implements :meth:`_prepare_sites` and :meth:`_add_to_layer`.
     """
 
     site_layer_cls: type[SiteLayer]
@@ -51,7 +50,11 @@ class SiteTuner(BaseTuner):
                 "does not name them. Pass a config with `target_modules` instead."
             )
         self._injecting = adapter_name
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._parts: dict[str, Any] = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._parts = {}
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
@@ -68,7 +71,7 @@ class SiteTuner(BaseTuner):
         found = self._find_sites(peft_config, model)
         if found:  # PEFT has its own words for targets that match nothing
             self._check_base(peft_config, [layer for _, layer in found])
-            self._prepare_sites(peft_config, model, self._injecting, [site for site, _ in found])
+            self._parts = self._prepare_sites(peft_config, model, [site for site, _ in found])
 
     def _find_sites(self, config: SiteConfig, model: nn.Module) -> list[tuple[Site, nn.Module]]:
         inside: tuple[str, ...] = ()
@@ -106,11 +109,11 @@ class SiteTuner(BaseTuner):
             )
         config.base_fingerprint = found or expected
 
-    def _prepare_sites(self, config: SiteConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
-        """Check and build what the sites of one adapter share. Raises before anything is changed."""
+    def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, Any]:
+        """Check everything, and say what each site gets, by its name. Raises before anything is changed."""
         raise NotImplementedError
 
-    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, name: str) -> None:
+    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, part: Any) -> None:
         """Give a layer its part of the adapter."""
         raise NotImplementedError
 
@@ -133,13 +136,13 @@ class SiteTuner(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, self.site_layer_cls):
-            self._add_to_layer(target, peft_config, adapter_name, current_key)
+            self._add_to_layer(target, peft_config, adapter_name, self._parts[current_key])
             return
         layer = self.site_layer_cls(target)
-        self._add_to_layer(layer, peft_config, adapter_name, current_key)
+        self._add_to_layer(layer, peft_config, adapter_name, self._parts[current_key])
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -20,13 +20,13 @@ class BottleneckModel(SiteTuner):
     tuner_layer_cls = BottleneckLayer
     site_layer_cls = BottleneckLayer
 
-    def _prepare_sites(self, config: SiteConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
-        self._sites = {site.name: site for site in sites}
+    def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, Site]:
+        return {site.name: site for site in sites}
 
-    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, name: str) -> None:
+    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, part: Site) -> None:
         assert isinstance(layer, BottleneckLayer)
         assert isinstance(config, BottleneckConfig)
-        layer.add(adapter_name, config, self._sites[name])
+        layer.add(adapter_name, config, part)
 
 
 register("bottleneck_adapter", BottleneckConfig, BottleneckModel)

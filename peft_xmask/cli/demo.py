@@ -144,12 +144,13 @@ def conclusion(rows: list[Row]) -> str:
     """One sentence from the numbers of the run."""
     by_method = {row.method: row for row in rows}
     ours, head = by_method[NAMES["xpeft"]], by_method[NAMES["head"]]
+    payload = ours.size.payload_bytes
     parts = [
-        f"{other.accuracy:.3f} of {other.method} at {other.size.payload_bytes / ours.size.payload_bytes:,.0f} times the bytes"
+        f"{other.accuracy:.3f} of {other.method} at {other.size.payload_bytes / payload:,.0f} times the bytes"
         for other in (by_method[NAMES["lora"]], by_method[NAMES["bottleneck"]])
     ]
     return (
-        f"X-PEFT: {ours.size.payload_bytes} bytes per profile beside the head give accuracy {ours.accuracy:.3f}, against "
+        f"X-PEFT: {payload} bytes per profile beside the head give accuracy {ours.accuracy:.3f}, against "
         f"{head.accuracy:.3f} of the head alone, {' and '.join(parts)}."
     )
 

@@ -46,7 +46,7 @@ Text = Annotated[str, typer.Option(help="Column of the texts.")]
 Label = Annotated[str, typer.Option(help="Column of the labels: strings or whole numbers.")]
 
 
-def train(  # noqa: PLR0917 - typer makes options of the parameters
+def train(
     base: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder to write the adapter to.")],
@@ -115,7 +115,7 @@ def train(  # noqa: PLR0917 - typer makes options of the parameters
     _print_trained(folder, classifier, len(training), loss, scores)
 
 
-def evaluate(  # noqa: PLR0917 - as above
+def evaluate(
     adapter: Annotated[Path, typer.Option(help="Folder that `train` wrote.")],
     data: Data,
     text: Text = "text",

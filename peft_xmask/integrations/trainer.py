@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ConfigError, FileFormatError
+from ..errors import ConfigError, FileFormatError, PeftXMaskWarning
 from ..files import read_tensors, write_tensors
 from ..functional import select_top_k
 from ..xpeft.model import find_table
@@ -126,6 +126,7 @@ class XPEFTCallback(TrainerCallback):
             f"Resuming at step {step} without the training state of the masks: no {STATE_FILE} of that step in "
             f"{_checkpoint(args, step)}. Pass XPEFTCallback(resume_from=...), the checkpoint's folder. Until then the "
             "run goes on from logits rebuilt from the bits.",
+            PeftXMaskWarning,
             stacklevel=2,
         )
 

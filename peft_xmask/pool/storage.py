@@ -3,7 +3,7 @@
 ``pool.json`` is one object. Of every pool: ``format`` ("peft_xmask.pool"), ``format_version`` (1), ``kind``,
 ``num_adapters``, ``bottleneck_size``, ``dtype``, ``fingerprint``. Of a random pool: ``seed``. Of a trained pool:
 ``insertion_form``, ``activation``, ``layer_norm``, ``sites`` (name, in_features, out_features, biases; sorted by name),
-``sources``, and of the tensor file ``file_bytes`` and ``file_sha256``. No other fields.
+``sources``, ``norms`` (of each tensor when the pool was made; in the order of the sites), and of the tensor file ``file_bytes`` and ``file_sha256``. No other fields.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ _TRAINED: Mapping[str, _Check] = {
     "layer_norm": _FLAG,
     "sites": _list_of(lambda x: isinstance(x, dict), "objects"),
     "sources": _list_of(lambda x: isinstance(x, str), "strings"),
+    "norms": _list_of(lambda x: type(x) in (int, float) and 0 <= x < float("inf"), "numbers of at least 0"),
     "file_bytes": _COUNT,
     "file_sha256": (lambda x: isinstance(x, str) and len(x) == 64, "64 hexadecimal digits"),
 }
@@ -94,16 +95,12 @@ def write_pool(folder: Path, adapters: RandomAdapters | TrainedAdapters) -> None
     if isinstance(adapters, RandomAdapters):
         facts["seed"] = adapters.seed
     else:
-        write_tensors(tensor_file, dict(_named(adapters)))
+        write_tensors(tensor_file, dict(adapters.tensors()))
         facts.update(_trained_facts(adapters, tensor_file))
     write_text(folder / CARD_FILE, model_card(adapters))
     write_text(folder / JSON_FILE, json.dumps(facts, indent=1) + "\n")
     if isinstance(adapters, RandomAdapters):
         tensor_file.unlink(missing_ok=True)
-
-
-def _named(adapters: TrainedAdapters) -> list[tuple[str, Tensor]]:
-    return [(f"{name}.{part}", tensor) for name, site in adapters.sites.items() for part, tensor in site.parts()]
 
 
 def _trained_facts(adapters: TrainedAdapters, tensor_file: Path) -> dict[str, object]:
@@ -121,6 +118,7 @@ def _trained_facts(adapters: TrainedAdapters, tensor_file: Path) -> dict[str, ob
             for name, site in adapters.sites.items()
         ],
         "sources": list(adapters.sources),
+        "norms": list(adapters.norms),
         "file_bytes": tensor_file.stat().st_size,
         "file_sha256": sha256_of_file(tensor_file),
     }
@@ -146,7 +144,16 @@ def read_pool(folder: Folder, dtype: torch.dtype | None) -> RandomAdapters | Tra
         _check_fingerprint(where, facts["fingerprint"], made.fingerprint)
         return made
     tensors = _read_checked(folder.path / TENSOR_FILE, where, facts, stored)
+    if len(facts["norms"]) != len(tensors):
+        raise FileFormatError(f"Expected {len(tensors)} norms in '{where}', found {len(facts['norms'])}.")
     adapters = _assemble(facts, tensors, facts["file_sha256"])
+    if name := adapters.norm_differs_at():
+        raise PoolMismatchError(
+            f"The norm of '{name}' is not the one that '{where}' records: the tensors are those of another pool, or were "
+            "rescaled. Fetch or write the pool again.",
+            expected=facts["fingerprint"],
+            found=name,
+        )
     _check_fingerprint(where, facts["fingerprint"], adapters.fingerprint)
     return _held(facts, tensors, dtype or stored)
 
@@ -235,6 +242,7 @@ def _assemble(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], identity:
         layer_norm=facts["layer_norm"],
         sites=sites,
         sources=tuple(facts["sources"]),
+        norms=tuple(float(norm) for norm in facts["norms"]),
         identity=identity,
     )
 

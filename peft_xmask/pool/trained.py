@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -15,6 +16,9 @@ from ..sites import Site
 from .dtypes import STORAGE_DTYPES
 from .matching import match_names
 from .slice import PoolSlice
+
+NORM_TOLERANCE = 0.01
+"""How far, relatively, a cast may move a tensor's norm."""
 
 PARTS = ("down", "up", "down_bias", "up_bias")
 
@@ -77,6 +81,7 @@ class TrainedAdapters:
         kind: ``"lora"`` or ``"bottleneck"``.
         sites: stacked tensors by module name, sorted by name.
         sources: names of the N adapters.
+        norms: 2-norm of each tensor as it was when the pool was made, before any cast, to six digits.
         identity: decides the numbers; equal only for tensors that are equal.
     """
 
@@ -86,6 +91,7 @@ class TrainedAdapters:
     layer_norm: bool
     sites: Mapping[str, SiteTensors]
     sources: tuple[str, ...]
+    norms: tuple[float, ...]
     identity: Hashable
 
     mask_norm = "mean"
@@ -122,12 +128,27 @@ class TrainedAdapters:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of how the adapters are applied, site names, shapes, and the sign bits of all values."""
-        parts = [f"{self.kind} {self.insertion_form} {self.activation} {self.layer_norm}".encode()]
+        """Of how the adapters are applied, site names, shapes, the sign bits of all values, and the norms.
+
+        Signs see other adapters, norms the same ones at another scale; a cast changes neither.
+        """
+        parts = [f"{self.kind} {self.insertion_form} {self.activation} {self.layer_norm} {self.norms}".encode()]
+        for name, tensor in self.tensors():
+            parts += [f"{name} {tuple(tensor.shape)}".encode(), sample_signs(tensor, limit=None)]
+        return digest_of(parts)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors, named ``<site>.<part>``, in the order of ``norms``."""
         for name, site in self.sites.items():
             for part, tensor in site.parts():
-                parts += [f"{name}.{part} {tuple(tensor.shape)}".encode(), sample_signs(tensor, limit=None)]
-        return digest_of(parts)
+                yield f"{name}.{part}", tensor
+
+    def norm_differs_at(self) -> str | None:
+        """Name of a tensor whose norm is not the recorded one, by more than a cast can explain; None if all agree."""
+        for (name, tensor), norm in zip(self.tensors(), self.norms, strict=True):
+            if not math.isclose(norm_of([tensor]), norm, rel_tol=NORM_TOLERANCE, abs_tol=NORM_TOLERANCE):
+                return name
+        return None
 
     def bind(self, sites: Sequence[Site]) -> list[PoolSlice]:
         """The slices of ``sites``, in order; see :meth:`AdapterPool.bind`."""
@@ -147,6 +168,11 @@ class TrainedAdapters:
             PoolSlice(there.down, there.up, there.down_bias, there.up_bias, origin=(self.identity, partner))
             for partner, there in ((partner, self.sites[partner]) for partner in partners)
         ]
+
+
+def norm_of(tensors: Iterable[Tensor]) -> float:
+    """2-norm of all numbers together, to six digits."""
+    return float(f"{math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors)):.6g}")
 
 
 class _Unique:
@@ -172,9 +198,19 @@ def stack(kind: str, adapters: Sequence[TrainedAdapter], dtype: torch.dtype | No
     renamed = [_rename(adapter, list(first.sites)) for adapter in adapters]
     dtype = dtype or _common_dtype(adapters)
     sites = {name: _stack_site([adapter.sites[name] for adapter in renamed], dtype) for name in sorted(first.sites)}
-    sources = tuple(adapter.source for adapter in adapters)
     stacked = TrainedAdapters(
-        kind, first.insertion_form, first.activation, first.layer_norm, sites, sources, identity=_Unique()
+        kind=kind,
+        insertion_form=first.insertion_form,
+        activation=first.activation,
+        layer_norm=first.layer_norm,
+        sites=sites,
+        sources=tuple(adapter.source for adapter in adapters),
+        norms=tuple(
+            norm_of(getattr(adapter.sites[name], part) for adapter in renamed)
+            for name, site in sites.items()
+            for part, _ in site.parts()
+        ),
+        identity=_Unique(),
     )
     _check_values(stacked)
     return stacked

@@ -10,6 +10,7 @@ from typing import Any
 from .._peft import peft_type
 from ..config import SiteConfig, require_choice, require_positive
 from ..errors import ConfigError
+from ..files import dtype_from_name
 from ..functional import ESTIMATORS, MASK_NORMS
 from ..pool import AdapterPool
 
@@ -33,6 +34,7 @@ class XPEFTConfig(SiteConfig):
         num_adapters: N of a random pool. Of another pool, it is read from the pool.
         bottleneck_size: b of a random pool, likewise.
         pool_seed: seed of a random pool: the pool *is* its seed.
+        pool_dtype: what a random pool is held in: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         mask_type: ``"hard"``: exactly ``top_k`` of N, one bit each; ``"soft"``: softmax weights, two bytes each.
         top_k: adapters in a hard mask; None: ``max(1, N // 2)``.
         scale: initial gain g. None: 0.3 for a random pool, whose output then starts at a few tenths of the module's
@@ -63,6 +65,7 @@ class XPEFTConfig(SiteConfig):
     num_adapters: int = field(default=100, metadata={"help": "N of a random pool."})
     bottleneck_size: int = field(default=48, metadata={"help": "Bottleneck of a random pool."})
     pool_seed: int = field(default=0, metadata={"help": "Seed of a random pool."})
+    pool_dtype: str = field(default="float32", metadata={"help": "What a random pool is held in."})
     mask_type: str = field(default="hard", metadata={"help": "'hard' or 'soft'."})
     top_k: int | None = field(default=None, metadata={"help": "Adapters in a hard mask; None: half of them."})
     scale: float | None = field(default=None, metadata={"help": "Initial gain; None: by kind of pool."})
@@ -80,6 +83,7 @@ class XPEFTConfig(SiteConfig):
         self.peft_type = XPEFT
         for name in ("num_adapters", "bottleneck_size", "num_profiles"):
             require_positive(name, getattr(self, name))
+        require_choice("pool_dtype", self.pool_dtype, ("float32", "bfloat16", "float16"))
         require_choice("mask_type", self.mask_type, MASK_TYPES)
         require_choice("estimator", self.estimator, ESTIMATORS)
         if self.mask_norm is not None:
@@ -106,7 +110,8 @@ class XPEFTConfig(SiteConfig):
     def resolve_pool(self) -> AdapterPool:
         """The pool this config means, loaded if it is named by folder or id. Fields that depend on it are filled in."""
         if self.pool is None:
-            pool = AdapterPool.random(self.num_adapters, self.bottleneck_size, self.pool_seed)
+            dtype = dtype_from_name(self.pool_dtype)
+            pool = AdapterPool.random(self.num_adapters, self.bottleneck_size, self.pool_seed, dtype=dtype)
         elif isinstance(self.pool, str):
             pool = AdapterPool.from_pretrained(self.pool)
         else:
@@ -132,7 +137,7 @@ class XPEFTConfig(SiteConfig):
         self.num_adapters, self.bottleneck_size = pool.num_adapters, pool.bottleneck_size
         if pool.kind == "random":
             assert pool.seed is not None
-            self.pool, self.pool_seed = None, pool.seed
+            self.pool, self.pool_seed, self.pool_dtype = None, pool.seed, str(pool.dtype).removeprefix("torch.")
 
     def _check_top_k(self) -> None:
         if self.top_k is None:

@@ -36,7 +36,7 @@ class XPEFTModel(SiteTuner):
     tuner_layer_cls = XPEFTModule
     site_layer_cls = XPEFTLayer
 
-    def _prepare_sites(self, config: SiteConfig, model: nn.Module, adapter_name: str, sites: list[Site]) -> None:
+    def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, XPEFTSite]:
         assert isinstance(config, XPEFTConfig)
         present = getattr(model, TABLE, None)
         if present is not None and not isinstance(present, MaskTable):
@@ -48,17 +48,18 @@ class XPEFTModel(SiteTuner):
         _check_pool(config, pool)
         slices = pool.bind(sites)
         config.pool_fingerprint = pool.fingerprint
-        self._slices: dict[str, tuple[int, PoolSlice]] = {
-            site.name: (index, part) for index, (site, part) in enumerate(zip(sites, slices, strict=True))
+        return {
+            site.name: XPEFTSite(part, index, config.form)
+            for index, (site, part) in enumerate(zip(sites, slices, strict=True))
         }
 
-    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, name: str) -> None:
+    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, part: XPEFTSite) -> None:
         assert isinstance(layer, XPEFTLayer)
         assert isinstance(config, XPEFTConfig)
-        index, part = self._slices[name]
-        if index == 0:
+        if part.index == 0:
             self._add_to_table(config, adapter_name, layer)
-        layer.add(adapter_name, XPEFTSite(_shared(layer, part), index, config.form), self.table)
+        part.pool = _shared(layer, part.pool)
+        layer.add(adapter_name, part, self.table)
 
     def _add_to_table(self, config: XPEFTConfig, adapter_name: str, first: XPEFTLayer) -> None:
         """Done at the first site: before it, PEFT has not yet decided that the base is to be frozen."""
@@ -72,7 +73,7 @@ class XPEFTModel(SiteTuner):
         assert config.mask_norm is not None
         spec = MaskSpec(
             num_profiles=config.num_profiles,
-            num_sites=len(self._slices),
+            num_sites=len(self._parts),
             num_adapters=config.num_adapters,
             mask_type=config.mask_type,
             top_k=config.top_k,

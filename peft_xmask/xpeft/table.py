@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._peft import BaseTunerLayer, check_adapters_to_merge
-from ..errors import ConfigError, MaskFormatError
+from ..errors import ConfigError, MaskFormatError, PeftXMaskWarning
 from ..functional import gain_weight, hard_mask, mask_weight, pick_rows, scaled_gain, select_top_k, soft_mask
 from ..packing import pack_bits, pack_halves, unpack_bits, unpack_halves
 from .spec import MaskSpec
@@ -307,6 +307,7 @@ class MaskTable(nn.Module, XPEFTModule):
                 f"Adapter '{name}' was loaded from bits, which say which adapters are chosen but not how nearly others "
                 "were: its training state is not in the file. Logits were rebuilt that choose the same adapters. To "
                 "resume exactly, train with XPEFTCallback, which keeps the logits beside each checkpoint.",
+                PeftXMaskWarning,
                 stacklevel=2,
             )
 

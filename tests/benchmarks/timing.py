@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-WIDTH = 120
+WIDTH = 130
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def paired_ratio(times, name, reference):
 
 
 def twin(model):
-    """A copy of a model that shares its parameters: tuners replace modules, and none of those used here writes weights."""
+    """A copy of a model that shares its parameters. Tuners replace modules; none that is measured here writes weights."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 

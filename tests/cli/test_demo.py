@@ -12,7 +12,7 @@ def test_a_short_demo(cli_process, minilm, tmp_path):
     for name in ("head only", "LoRA r=8", "bottleneck b=48", "X-PEFT, hard, N=100"):
         assert name in done.out
     assert re.search(r"\d+ predictions compared, all equal", done.out)
-    assert "X-PEFT: 168 bytes per profile" in done.out
+    assert "X-PEFT: 168 bytes per profile beside the head give accuracy" in done.out
     assert (tmp_path / "kept" / "xpeft" / "adapter_config.json").is_file()
 
 

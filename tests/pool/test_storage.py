@@ -75,16 +75,32 @@ def test_loads_of_one_file_share_their_tensors_and_let_them_go(saved, ffn_sites)
         assert alive() is None
 
 
-def test_pools_of_equal_signs_and_other_sizes_never_share_tensors(make_lora, tmp_path):
-    """A fingerprint sees signs only; what is shared in memory is decided by the numbers."""
-    slices = []
+def test_the_same_adapters_at_another_scale_are_another_pool(make_lora, tmp_path):
+    """Signs cannot tell them apart; the norms do."""
+    slices, prints = [], set()
     for alpha in (4, 64):
         _, folder = make_lora(f"alpha-{alpha}", lora_alpha=alpha)
         AdapterPool.from_lora([folder]).save_pretrained(tmp_path / f"pool-{alpha}")
         pool = AdapterPool.from_pretrained(tmp_path / f"pool-{alpha}")
+        prints.add(pool.fingerprint)
         slices.append(pool.bind([Site(name, 32, 16) for name in pool.target_modules]))
     torch.testing.assert_close(slices[1][0].up, slices[0][0].up * 16)
     assert slices[0][0].origin != slices[1][0].origin
+    assert len(prints) == 2
+
+
+def test_a_pool_stored_in_another_dtype_is_the_same_pool(saved, trained, tmp_path):
+    AdapterPool.from_pretrained(saved, dtype=torch.bfloat16).save_pretrained(tmp_path / "low")
+    low = AdapterPool.from_pretrained(tmp_path / "low")
+    assert low.dtype == torch.bfloat16
+    assert low == trained
+
+
+def test_other_norms_than_the_recorded_are_refused(saved, edit_json):
+    norms = json.loads((saved / "pool.json").read_text())["norms"]
+    edit_json(saved / "pool.json", norms=[norms[0] * 2, *norms[1:]])
+    with pytest.raises(PoolMismatchError, match="rescaled"):
+        AdapterPool.from_pretrained(saved)
 
 
 def test_no_path_of_this_machine_is_in_the_files(saved, tmp_path):
@@ -184,6 +200,8 @@ FIELDS = [
     ("sites", [{"name": "a", "in_features": 16, "out_features": 16, "biases": True}]),
     ("sources", ["one"]),
     ("sources", [1, 2, 3]),
+    ("norms", [1.0]),
+    ("norms", ["one"]),
     ("file_bytes", -1),
     ("file_sha256", "0"),
     ("file_sha256", "0" * 64),
