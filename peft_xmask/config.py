@@ -23,7 +23,8 @@ class SiteConfig(PeftConfig):
         layer_norm: whether a LayerNorm of the bottleneck's width, without weights, stands before the activation.
         insertion_form: ``"sequential"`` (reads the module's output) or ``"parallel"`` (reads its input).
         target_modules: names or a regular expression of the linear modules to adapt, or ``"all-linear"``. None: the
-            feed-forward output projection of each block, for the architectures in ``peft_xmask.targets.FFN_OUTPUT``.
+            sites of a trained pool, else the feed-forward output projection of each block, for the architectures in
+            ``peft_xmask.targets.FFN_OUTPUT``.
         exclude_modules: names or a regular expression of modules to leave out.
         layers_to_transform: indexes of the blocks to adapt; None: all.
         layers_pattern: name of the list of blocks, if it is not the usual one.

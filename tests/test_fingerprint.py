@@ -39,4 +39,8 @@ def test_what_cannot_be_read_has_none():
 
 
 def test_facts_are_independent_of_order():
-    assert digest_of_facts({"a": 1, "b": "x"}) == digest_of_facts({"b": "x", "a": 1}) != digest_of_facts({"a": 2, "b": "x"})
+    assert (
+        digest_of_facts({"a": 1, "b": "x"})
+        == digest_of_facts({"b": "x", "a": 1})
+        != digest_of_facts({"a": 2, "b": "x"})
+    )

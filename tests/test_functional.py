@@ -94,6 +94,8 @@ def test_batched_pairs_equal_one_at_a_time():
 
 
 def test_adapt_by_hand():
-    pair = AdapterPair(torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [3.0]]), torch.tensor([0.5]), torch.tensor([0.0, 1.0]))
+    pair = AdapterPair(
+        torch.tensor([[1.0, -1.0]]), torch.tensor([[2.0], [3.0]]), torch.tensor([0.5]), torch.tensor([0.0, 1.0])
+    )
     out = adapt(torch.tensor([[3.0, 1.0], [0.0, 4.0]]), pair, activation="relu", layer_norm=False)
     assert out.tolist() == [[5.0, 8.5], [0.0, 1.0]]

@@ -37,5 +37,7 @@ def test_the_examples_of_a_page_run(page: Path, hub_cache: Path, tmp_path: Path)
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks), encoding="utf-8")
     env = {**os.environ, "HF_HOME": str(hub_cache), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -44,7 +44,9 @@ def inputs(name: str) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "decoder_input_ids": ids} if name == "t5" else {"input_ids": ids}
 
 
-@pytest.mark.parametrize("config", [XPEFTConfig(num_adapters=6, bottleneck_size=4), BottleneckConfig(init_weights=False)])
+@pytest.mark.parametrize(
+    "config", [XPEFTConfig(num_adapters=6, bottleneck_size=4), BottleneckConfig(init_weights=False)]
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_each_block_gets_one_adapter_at_its_ffn_output(name: str, config):
     from dataclasses import replace

@@ -3,7 +3,8 @@
 ``pool.json`` is one object. Of every pool: ``format`` ("peft_xmask.pool"), ``format_version`` (1), ``kind``,
 ``num_adapters``, ``bottleneck_size``, ``dtype``, ``fingerprint``. Of a random pool: ``seed``. Of a trained pool:
 ``insertion_form``, ``activation``, ``layer_norm``, ``sites`` (name, in_features, out_features, biases; sorted by name),
-``sources``, ``norms`` (of each tensor when the pool was made; in the order of the sites), and of the tensor file ``file_bytes`` and ``file_sha256``. No other fields.
+``sources``, ``norms`` (of each tensor when the pool was made, in the order of the sites), and of the tensor file
+``file_bytes`` and ``file_sha256``. No other fields.
 """
 
 from __future__ import annotations
@@ -149,8 +150,8 @@ def read_pool(folder: Folder, dtype: torch.dtype | None) -> RandomAdapters | Tra
     adapters = _assemble(facts, tensors, facts["file_sha256"])
     if name := adapters.norm_differs_at():
         raise PoolMismatchError(
-            f"The norm of '{name}' is not the one that '{where}' records: the tensors are those of another pool, or were "
-            "rescaled. Fetch or write the pool again.",
+            f"The norm of '{name}' is not the one that '{where}' records: the tensors are those of another pool, or "
+            "were rescaled. Fetch or write the pool again.",
             expected=facts["fingerprint"],
             found=name,
         )

@@ -36,6 +36,15 @@ class XPEFTModel(SiteTuner):
     tuner_layer_cls = XPEFTModule
     site_layer_cls = XPEFTLayer
 
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """Resolve the pool first: it knows sizes, defaults and, if it was trained, where its adapters belong."""
+        pool = peft_config.resolve_pool()
+        _check_pool(peft_config, pool)
+        if peft_config.target_modules is None and pool.target_modules is not None:
+            peft_config.target_modules = set(pool.target_modules)
+        self._resolved = [pool]
+        return super()._prepare_adapter_config(peft_config, model_config)
+
     def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, XPEFTSite]:
         assert isinstance(config, XPEFTConfig)
         present = getattr(model, TABLE, None)
@@ -44,8 +53,7 @@ class XPEFTModel(SiteTuner):
                 f"The base model has an attribute '{TABLE}' of its own ({type(present).__name__}), where X-PEFT keeps "
                 "its masks. Wrap the model in another module."
             )
-        pool = config.resolve_pool()
-        _check_pool(config, pool)
+        pool = self._resolved.pop()
         slices = pool.bind(sites)
         config.pool_fingerprint = pool.fingerprint
         return {

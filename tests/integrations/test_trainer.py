@@ -76,7 +76,12 @@ def test_the_callback_gives_masks_their_own_learning_rate(tiny_bert, tmp_path):
     table = model.base_model.table
     before = table.xpeft_logits["default"].weight.detach() * table.logit_scale["default"]
     trainer = trainer_for(
-        model, tmp_path, [XPEFTCallback(mask_learning_rate=0.3)], max_steps=1, lr_scheduler_type="constant", weight_decay=0.0
+        model,
+        tmp_path,
+        [XPEFTCallback(mask_learning_rate=0.3)],
+        max_steps=1,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
     )
     trainer.train()
     after = table.xpeft_logits["default"].weight.detach() * table.logit_scale["default"]
@@ -145,7 +150,10 @@ def test_a_resume_without_the_training_state_says_so(tiny_bert, tmp_path):
     model = get_peft_model(tiny_bert(), xpeft())
     trainer_for(model, tmp_path, **saving).train()
     assert not (tmp_path / "checkpoint-3" / STATE_FILE).exists()
-    for callbacks, words in (([], "training state is not in the file"), ([XPEFTCallback()], "without the training state")):
+    for callbacks, words in (
+        ([], "training state is not in the file"),
+        ([XPEFTCallback()], "without the training state"),
+    ):
         shutil.rmtree(tmp_path / "checkpoint-6", ignore_errors=True)
         again = trainer_for(get_peft_model(tiny_bert(), xpeft()), tmp_path, callbacks, **saving)
         with pytest.warns(UserWarning, match=words):
@@ -176,7 +184,14 @@ def gradients(model: nn.Module, tiny_batch, **kwargs) -> dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("config", [xpeft(gumbel_noise=1.0, estimator="softmax"), xpeft(mask_type="soft"), BottleneckConfig(task_type="SEQ_CLS", init_weights=False)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        xpeft(gumbel_noise=1.0, estimator="softmax"),
+        xpeft(mask_type="soft"),
+        BottleneckConfig(task_type="SEQ_CLS", init_weights=False),
+    ],
+)
 def test_gradient_checkpointing_gives_the_same_gradients(config, use_reentrant, tiny_bert, tiny_batch):
     from dataclasses import replace
 

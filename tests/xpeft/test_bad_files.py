@@ -131,7 +131,7 @@ def test_nan_logits_are_refused_at_evaluation_and_at_saving(tiny_bert, tiny_batc
     with torch.no_grad():
         model.base_model.table.xpeft_logits["default"].weight[0, 3] = float("nan")
     model.eval()
-    with pytest.raises(MaskFormatError, match="found NaN or infinity. Training diverged"):
+    with pytest.raises(MaskFormatError, match=r"found NaN or infinity\. Training diverged"):
         model(**tiny_batch)
     with pytest.raises(MaskFormatError, match="found NaN or infinity"):
         model.save_pretrained(tmp_path)
@@ -148,7 +148,9 @@ def test_targets_that_match_nothing(tiny_bert, config):
 
 def test_unsupported_layer_types(tiny_bert):
     base = tiny_bert()
-    with pytest.raises(TargetError, match="'bert.embeddings.LayerNorm' is a LayerNorm, which cannot carry an adapter"):
+    with pytest.raises(
+        TargetError, match=r"'bert\.embeddings\.LayerNorm' is a LayerNorm, which cannot carry an adapter"
+    ):
         get_peft_model(base, XPEFTConfig(target_modules=["LayerNorm"]))
     assert type(base.bert.embeddings.LayerNorm) is nn.LayerNorm
     assert not hasattr(base, "mask_table")

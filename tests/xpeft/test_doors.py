@@ -83,7 +83,12 @@ def test_a_fresh_process_gives_the_same_logits(minilm, minilm_classifier, minilm
     save_file(minilm_batch, tmp_path / "batch.safetensors")
     script = tmp_path / "fresh.py"
     script.write_text(FRESH)
-    args = [str(minilm), str(tmp_path / "profile"), str(tmp_path / "batch.safetensors"), str(tmp_path / "out.safetensors")]
+    args = [
+        str(minilm),
+        str(tmp_path / "profile"),
+        str(tmp_path / "batch.safetensors"),
+        str(tmp_path / "out.safetensors"),
+    ]
     done = subprocess.run([sys.executable, str(script), *args], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert torch.equal(load_file(tmp_path / "out.safetensors")["logits"], output(model, minilm_batch))
@@ -100,7 +105,9 @@ def test_evaluating_while_training_equals_the_reloaded_file(tiny_bert, tiny_batc
 
 
 @pytest.mark.parametrize("mask_type", ["hard", "soft"])
-def test_loading_for_training_chooses_the_same_adapters_and_says_so_once(mask_type, tiny_bert, tiny_batch, tmp_path, recwarn):
+def test_loading_for_training_chooses_the_same_adapters_and_says_so_once(
+    mask_type, tiny_bert, tiny_batch, tmp_path, recwarn
+):
     config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4, mask_type=mask_type)
     model = get_peft_model(tiny_bert(), config)
     train_a_little(model, tiny_batch, lr=1e-2)
@@ -144,7 +151,9 @@ def test_the_file_is_as_small_as_promised(tmp_path):
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
-    base = BertModel(BertConfig(vocab_size=50, hidden_size=16, num_attention_heads=2, intermediate_size=24))  # 12 blocks
+    base = BertModel(
+        BertConfig(vocab_size=50, hidden_size=16, num_attention_heads=2, intermediate_size=24)
+    )  # 12 blocks
     for learn_gain, payload, limit in ((False, 312, 480), (True, 336, 640)):
         model = get_peft_model(base, XPEFTConfig(num_adapters=100, bottleneck_size=4, learn_gain=learn_gain))
         model.save_pretrained(tmp_path)

@@ -26,7 +26,11 @@ def run(model: nn.Module, batch, **kwargs) -> torch.Tensor:
 
 
 def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items() if "xpeft" not in name and "bottleneck" not in name}
+    return {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if "xpeft" not in name and "bottleneck" not in name
+    }
 
 
 def test_the_mixed_adapter_is_what_the_paper_says(tiny_bert, tiny_batch):
