@@ -7,7 +7,7 @@ Importing this package makes its methods known to PEFT; from there on ``peft.get
 from ._version import __version__
 from .bottleneck import BottleneckConfig
 from .errors import PeftXMaskError, PeftXMaskWarning
-from .integrations import XPEFTCallback
+from .integrations import XPEFTCallback, export_lora
 from .pool import AdapterPool
 from .size import ProfileSize, profile_size
 from .xpeft import XPEFTConfig
@@ -21,5 +21,6 @@ __all__ = [
     "XPEFTCallback",
     "XPEFTConfig",
     "__version__",
+    "export_lora",
     "profile_size",
 ]

@@ -135,21 +135,27 @@ class SiteLayer(nn.Module, BaseTunerLayer):
             out[rows] = y[rows] + self._change(name, form, x[rows], y[rows])
         return out
 
+    def why_not_linear(self, adapter_name: str) -> str | None:
+        """Why the adapter is not a linear map of the module's input, or None if it is one."""
+        form = self.form(adapter_name)
+        if form is None or form.linear:
+            return None
+        return (
+            f"adapter '{adapter_name}' has activation={form.activation!r}, layer_norm={form.layer_norm}; only "
+            'activation="identity" without layer_norm is a linear map. Use the adapter unmerged.'
+        )
+
     def why_not_mergeable(self, adapter_names: list[str]) -> str | None:
         """Why these adapters cannot be merged into this module's weight, or None if they can."""
         base = self.get_base_layer()
         if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
             return f"its weight is quantised ({type(base).__name__}): merging would round it. Use the adapter unmerged."
         for name in adapter_names:
-            form = self.form(name)
-            if form is None:
+            if self.form(name) is None:
                 continue
-            if not form.linear:
-                return (
-                    f"adapter '{name}' has activation={form.activation!r}, layer_norm={form.layer_norm}; only "
-                    'activation="identity" without layer_norm is a linear map. Use the adapter unmerged.'
-                )
-            if base.bias is None and _constant(self.pair(name), None) is not None:
+            if reason := self.why_not_linear(name):
+                return reason
+            if base.bias is None and self.linear_change(name)[2] is not None:
                 return f"adapter '{name}' has biases and the module has none to add them to. Use the adapter unmerged."
         return None
 
@@ -171,9 +177,9 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         if reason := self.why_not_mergeable(names):
             raise MergeError(f"Cannot merge: {reason}")
         weight, bias = self._weight_and_bias()
-        original = self._before_merge or (weight.clone(), None if bias is None else bias.clone())
+        original = self._before_merge or (weight, bias)
         for name in names:
-            weight, bias = self._merged(name, original, weight, bias)
+            weight, bias = self._merged(name, weight, bias)
         if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
             raise MergeError(f"NaNs detected in the merged weights. The adapter(s) {names} seem to be broken.")
         self._before_merge = original
@@ -197,29 +203,32 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         if bias is not None:
             base.bias.data = bias.to(base.bias.device)
 
-    def _merged(
-        self, name: str, original: tuple[Tensor, Tensor | None], weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def linear_change(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a linear adapter adds to the module's output, as a function of its input: ``up (down x) + constant``.
+
+        Sequential adapters read the module's output ``W x + c``, so there ``down`` is ``down W``.
+
+        Returns:
+            ``down [b, in_features]``, ``up [out_features, b]``, ``constant [out_features]`` or None.
+        """
         form, pair = self.form(name), self.pair(name)
         assert form is not None
+        down, up, inner = pair.down.detach(), pair.up.detach(), pair.down_bias
+        if form.insertion_form == "sequential":
+            weight, bias = self._before_merge or self._weight_and_bias()
+            inner = _sum(inner, None if bias is None else down @ bias.to(down.dtype))
+            down = down @ (weight.T if isinstance(self.get_base_layer(), Conv1D) else weight).to(down.dtype)
+        return down, up, _sum(None if inner is None else up @ inner.detach(), pair.up_bias)
+
+    def _merged(self, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        down, up, constant = self.linear_change(name)
+        delta = up @ down
         turned = isinstance(self.get_base_layer(), Conv1D)
-        base_weight = (original[0].T if turned else original[0]).to(pair.up.dtype)
-        sequential = form.insertion_form == "sequential"
-        product = pair.up.detach() @ pair.down.detach()
-        delta = product @ base_weight if sequential else product
-        shift = _constant(
-            pair, None if original[1] is None or not sequential else product @ original[1].to(product.dtype)
-        )
         merged = (weight + (delta.T if turned else delta).to(weight.device)).to(weight.dtype)
-        return merged, bias if bias is None or shift is None else (bias + shift.to(bias.device)).to(bias.dtype)
+        return merged, bias if bias is None or constant is None else (bias + constant.to(bias.device)).to(bias.dtype)
 
 
-def _constant(pair: AdapterPair, through_bias: Tensor | None) -> Tensor | None:
-    """What a linear adapter adds whatever its input."""
-    terms = [through_bias]
-    if pair.down_bias is not None:
-        terms.append(pair.up.detach() @ pair.down_bias.detach())
-    if pair.up_bias is not None:
-        terms.append(pair.up_bias.detach())
-    present = [term for term in terms if term is not None]
-    return torch.stack(present).sum(0) if present else None
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return first if second is None else second.detach()
+    return first.detach() + second.detach()

@@ -47,7 +47,7 @@ from peft import (
 )
 from rich.table import Table
 from safetensors.torch import load_file
-from timing import Summary, out, print_json, progress, seconds, twin
+from timing import Summary, load_average, out, print_json, progress, seconds, twin
 
 import peft_xmask
 from peft_xmask import BottleneckConfig, XPEFTConfig, profile_size
@@ -193,6 +193,7 @@ def main():
     for category in (UserWarning, FutureWarning):  # what was not saved; transformers' next version
         warnings.filterwarnings("ignore", category=category)
 
+    load = load_average()
     base = bert_base()
     with tempfile.TemporaryDirectory() as directory, progress() as bar:
         folders = {name: Path(directory) / str(index) for index, name in enumerate(METHODS)}
@@ -203,12 +204,13 @@ def main():
     console.print(bytes_table(results))
     console.print(loads_table(results, loads))
     versions = f"peft {peft.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
-    console.print(f"{versions}, peft_xmask {peft_xmask.__version__}; threads: {options.threads}")
+    console.print(f"{versions}, peft_xmask {peft_xmask.__version__}; threads: {options.threads}, load: {load}")
     print_json(
         {
             "benchmark": "bytes_per_profile",
             "shape": "bert-base, 12 x 768, no head",
             "threads": options.threads,
+            "load_average": load,
             "peft": peft.__version__,
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import math
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ class Summary:
         low, _, high = statistics.quantiles(values, n=4, method="inclusive") if count > 1 else values * 3
         reach = max(0, math.floor(count / 2 - 0.98 * math.sqrt(count)))
         return cls(statistics.median(values), (low, high), (values[reach], values[count - 1 - reach]), count)
+
+    def verdict(self, limit):
+        """Whether the median is at most ``limit``, as far as its interval says."""
+        low, high = self.interval
+        return "met" if high <= limit else "missed" if low > limit else "undecided: the interval spans it"
 
     def as_dict(self, digits=4):
         return {
@@ -81,8 +87,13 @@ def paired_ratio(times, name, reference):
 
 
 def twin(model):
-    """A copy of a model that shares its parameters. Tuners replace modules; none that is measured here writes weights."""
+    """A copy of a model that shares its parameters: tuners replace modules, and those measured write to no weight."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def load_average():
+    """Runnable processes over the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def out():
