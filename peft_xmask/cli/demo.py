@@ -157,7 +157,7 @@ def conclusion(rows: list[Row]) -> str:
 
 def _print_rows(rows: list[Row]) -> None:
     table = Table(
-        title="Test accuracy and bytes per profile", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title="Test accuracy and bytes per profile", title_justify="left", box=box.SIMPLE_HEAD, padding=0
     )
     table.add_column("method", no_wrap=True)
     for name in ("accuracy", "trained", "payload B", "head B", "file B", "load ms"):

@@ -30,7 +30,7 @@ class XPEFTCallback(TrainerCallback):
     the very weights of an uninterrupted one.
 
     Logged, beside the loss: ``mask_entropy`` (of the softmax over the N adapters, 1 = uniform), ``mask_churn`` (share
-    of the chosen adapters that were not chosen at the last log) and ``mask_gain`` (mean gain).
+    of the chosen adapters that were not chosen at the last log) and ``mask_gain`` (mean gain, where it is learnt).
 
     Args:
         mask_learning_rate: of the logits, in force when the Trainer's learning rate is at its peak; it follows the same

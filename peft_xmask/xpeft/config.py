@@ -18,7 +18,7 @@ XPEFT = peft_type("XPEFT")
 
 MASK_TYPES = ("hard", "soft")
 DEFAULT_SCALE = {"random": 0.3}
-"""Initial gain by kind of pool; 1.0 for the kinds that are not named."""
+"""Gain by kind of pool; 1.0 for the kinds that are not named."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class XPEFTConfig(SiteConfig):
     """Masks over a frozen pool of N adapters.
 
     At site s and for profile p, ``A = sum_i m_A[i] A_i, B = g * sum_i m_B[i] B_i, y <- y + B act(A y)``.
-    Only the masks ``m_A``, ``m_B`` and one gain ``g`` per site are trained.
+    Only the masks ``m_A``, ``m_B`` are trained, and with ``learn_gain`` one gain ``g`` per site.
 
     Args:
         pool: None for a random pool (made from the three fields below); a saved pool's folder or Hub id; or an
@@ -37,10 +37,11 @@ class XPEFTConfig(SiteConfig):
         pool_dtype: what a random pool is held in: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         mask_type: ``"hard"``: exactly ``top_k`` of N, one bit each; ``"soft"``: softmax weights, two bytes each.
         top_k: adapters in a hard mask; None: ``max(1, N // 2)``.
-        scale: initial gain g. None: 0.3 for a random pool, whose output then starts at a few tenths of the module's
-            own; 1.0 for a trained pool.
+        scale: the gain g, or where it starts. None: 0.3 for a random pool, whose output then starts at a few tenths of
+            the module's own; 1.0 for a trained pool.
         num_profiles: P, rows of the mask table.
-        learn_gain: whether g is trained: one half-precision number per site and profile.
+        learn_gain: whether g is trained: one half-precision number per site and profile. Off: at the default scale it
+            earned nothing for its bytes; on, it forgives a scale that is too large.
         mask_norm: ``"variance"``: the weights of a mask have unit 2-norm, which keeps the variance of a mix of
             independent adapters at that of one; ``"mean"``: unit sum. None: ``"variance"`` for a random pool,
             ``"mean"`` for a trained one.
@@ -68,9 +69,9 @@ class XPEFTConfig(SiteConfig):
     pool_dtype: str = field(default="float32", metadata={"help": "What a random pool is held in."})
     mask_type: str = field(default="hard", metadata={"help": "'hard' or 'soft'."})
     top_k: int | None = field(default=None, metadata={"help": "Adapters in a hard mask; None: half of them."})
-    scale: float | None = field(default=None, metadata={"help": "Initial gain; None: by kind of pool."})
+    scale: float | None = field(default=None, metadata={"help": "The gain, or its start; None: by kind of pool."})
     num_profiles: int = field(default=1, metadata={"help": "Rows of the mask table."})
-    learn_gain: bool = field(default=True, metadata={"help": "Train one gain per site."})
+    learn_gain: bool = field(default=False, metadata={"help": "Train one gain per site."})
     mask_norm: str | None = field(default=None, metadata={"help": "'variance' or 'mean'; None: by kind of pool."})
     estimator: str = field(default="identity", metadata={"help": "Gradient of a hard mask."})
     temperature: float = field(default=1.0, metadata={"help": "Of the softmax or the estimator's stand-in."})

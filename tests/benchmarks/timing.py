@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import os
+import random
 import statistics
 import time
 from dataclasses import dataclass
@@ -57,11 +58,11 @@ def seconds(run, device="cpu"):
 
 
 def in_turn(candidates, rounds, limit, advance, device="cpu", warmup=2):
-    """Wall times of every candidate in every round, each round starting at the next candidate.
+    """Wall times of every candidate in every round, in an order drawn anew for each (always the same draws).
 
     Rounds end early, never before the fifth, when ``limit`` seconds have passed: on a busy machine there are fewer.
     """
-    order = list(candidates)
+    order, draws = list(candidates), random.Random(0)
     for _ in range(warmup):
         for run in candidates.values():
             run()
@@ -73,7 +74,7 @@ def in_turn(candidates, rounds, limit, advance, device="cpu", warmup=2):
         for done in range(rounds):
             if done >= 5 and time.perf_counter() - start > limit:
                 break
-            for name in order[done % len(order) :] + order[: done % len(order)]:
+            for name in draws.sample(order, len(order)):
                 times[name].append(seconds(candidates[name], device))
             advance()
     finally:

@@ -32,7 +32,9 @@ class Rows(torch.utils.data.Dataset):
 
 
 def xpeft(**kwargs) -> XPEFTConfig:
-    return XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4, **kwargs)
+    return XPEFTConfig(
+        **{"task_type": "SEQ_CLS", "num_adapters": 20, "bottleneck_size": 4, "learn_gain": True, **kwargs}
+    )
 
 
 def trainer_for(model: nn.Module, folder, callbacks=(), **kwargs) -> Trainer:

@@ -24,7 +24,9 @@ GAIN = "base_model.model.mask_table.xpeft_gain_bits.weight"
 
 @pytest.fixture
 def profile(tiny_bert, tmp_path):
-    get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4)).save_pretrained(tmp_path)
+    get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4, learn_gain=True)).save_pretrained(
+        tmp_path
+    )
     return tmp_path
 
 

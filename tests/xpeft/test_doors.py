@@ -16,7 +16,7 @@ from peft_xmask import BottleneckConfig, XPEFTConfig, profile_size
 KINDS = {
     "hard": XPEFTConfig(task_type="SEQ_CLS"),
     "soft": XPEFTConfig(task_type="SEQ_CLS", mask_type="soft"),
-    "no gain": XPEFTConfig(task_type="SEQ_CLS", learn_gain=False, insertion_form="parallel", activation="gelu"),
+    "gain": XPEFTConfig(task_type="SEQ_CLS", learn_gain=True, insertion_form="parallel", activation="gelu"),
     "bottleneck": BottleneckConfig(task_type="SEQ_CLS", init_weights=False, layer_norm=True),
 }
 
@@ -95,7 +95,7 @@ def test_a_fresh_process_gives_the_same_logits(minilm, minilm_classifier, minilm
 
 
 def test_evaluating_while_training_equals_the_reloaded_file(tiny_bert, tiny_batch, tmp_path):
-    config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4)
+    config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4, learn_gain=True)
     model = get_peft_model(tiny_bert(), config)
     for step in range(4):
         train_a_little(model, tiny_batch, steps=1, lr=1e-2)
@@ -108,7 +108,7 @@ def test_evaluating_while_training_equals_the_reloaded_file(tiny_bert, tiny_batc
 def test_loading_for_training_chooses_the_same_adapters_and_says_so_once(
     mask_type, tiny_bert, tiny_batch, tmp_path, recwarn
 ):
-    config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4, mask_type=mask_type)
+    config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4, mask_type=mask_type, learn_gain=True)
     model = get_peft_model(tiny_bert(), config)
     train_a_little(model, tiny_batch, lr=1e-2)
     model.save_pretrained(tmp_path / "first")
@@ -124,7 +124,8 @@ def test_loading_for_training_chooses_the_same_adapters_and_says_so_once(
 
 
 def test_transformers_own_loading_for_training(tiny_bert, tiny_batch, tmp_path):
-    model = get_peft_model(tiny_bert(), XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4))
+    config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4, learn_gain=True)
+    model = get_peft_model(tiny_bert(), config)
     train_a_little(model, tiny_batch, lr=1e-2)
     model.save_pretrained(tmp_path)
     native = tiny_bert()
@@ -167,7 +168,7 @@ def test_the_file_is_as_small_as_promised(tmp_path):
 
 
 def test_only_bytes_are_saved(tiny_bert, tmp_path):
-    model = get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4))
+    model = get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4, learn_gain=True))
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} == {
@@ -181,7 +182,7 @@ def test_only_bytes_are_saved(tiny_bert, tmp_path):
 
 
 def test_a_cast_model_keeps_its_bytes(tiny_bert, tmp_path):
-    model = get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4))
+    model = get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4, learn_gain=True))
     model.save_pretrained(tmp_path / "plain")
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "plain").to(torch.bfloat16)
     loaded.save_pretrained(tmp_path / "cast")
