@@ -40,8 +40,8 @@ class XPEFTConfig(SiteConfig):
         scale: the gain g, or where it starts. None: 0.3 for a random pool, whose output then starts at a few tenths of
             the module's own; 1.0 for a trained pool.
         num_profiles: P, rows of the mask table.
-        learn_gain: whether g is trained: one half-precision number per site and profile. Off: at the default scale it
-            earned nothing for its bytes; on, it forgives a scale that is too large.
+        learn_gain: whether g is trained: one half-precision number per site and profile. It forgives a scale that does
+            not suit the base; docs/xpeft.md has what it was worth.
         mask_norm: ``"variance"``: the weights of a mask have unit 2-norm, which keeps the variance of a mix of
             independent adapters at that of one; ``"mean"``: unit sum. None: ``"variance"`` for a random pool,
             ``"mean"`` for a trained one.
@@ -71,7 +71,7 @@ class XPEFTConfig(SiteConfig):
     top_k: int | None = field(default=None, metadata={"help": "Adapters in a hard mask; None: half of them."})
     scale: float | None = field(default=None, metadata={"help": "The gain, or its start; None: by kind of pool."})
     num_profiles: int = field(default=1, metadata={"help": "Rows of the mask table."})
-    learn_gain: bool = field(default=False, metadata={"help": "Train one gain per site."})
+    learn_gain: bool = field(default=True, metadata={"help": "Train one gain per site."})
     mask_norm: str | None = field(default=None, metadata={"help": "'variance' or 'mean'; None: by kind of pool."})
     estimator: str = field(default="identity", metadata={"help": "Gradient of a hard mask."})
     temperature: float = field(default=1.0, metadata={"help": "Of the softmax or the estimator's stand-in."})
