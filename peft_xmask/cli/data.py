@@ -99,6 +99,6 @@ def _load_file(datasets: Any, path: Path, ending: str, cache: str) -> Any:
         return datasets.load_dataset(
             BUILDERS[ending], data_files=str(path), split="train", cache_dir=cache, keep_in_memory=True
         )
-    except (datasets.exceptions.DatasetsError, ValueError, TypeError) as error:
-        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".")
+    except (datasets.exceptions.DatasetsError, ValueError, TypeError, StopIteration) as error:
+        reason = " ".join(str(error.__cause__ or error).split()).rstrip(".") or "it holds no rows"
         raise FileFormatError(f"'{path}' cannot be read as {BUILDERS[ending]}: {reason}. Repair the file.") from error

@@ -136,7 +136,8 @@ def _same_in_fresh_process(folder: Path, corpus: Corpus, predictions: list[int])
     texts.unlink()
     found.unlink()
     verdict = "all equal" if differences == 0 else f"{differences} differ"
-    output.print(f"X-PEFT profile saved, loaded in a fresh process: {len(names)} predictions compared, {verdict}.")
+    told = f"X-PEFT profile saved, loaded in a fresh process: {len(names)} predictions compared, {verdict}."
+    output.print(told, soft_wrap=True)
     return differences == 0
 
 
@@ -156,9 +157,7 @@ def conclusion(rows: list[Row]) -> str:
 
 
 def _print_rows(rows: list[Row]) -> None:
-    table = Table(
-        title="Test accuracy and bytes per profile", title_justify="left", box=box.SIMPLE_HEAD, padding=0
-    )
+    table = Table(title="Test accuracy and bytes per profile", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
     table.add_column("method", no_wrap=True)
     for name in ("accuracy", "trained", "payload B", "head B", "file B", "load ms"):
         table.add_column(name, justify="right", no_wrap=True)
