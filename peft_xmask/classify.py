@@ -56,6 +56,7 @@ class TrainSettings:
         epochs: passes over the data, when ``max_steps`` is None.
         batch_size: examples in a step.
         learning_rate: AdamW's, decayed linearly to zero after a warm-up of 6 % of the steps.
+        head_learning_rate: of the head; None: ``learning_rate``. A fresh linear head wants larger steps than adapters.
         mask_learning_rate: of X-PEFT's masks; other methods have none.
         checkpoint_every: steps between checkpoints; 0: none.
         seed: of the order of the data and of dropout.
@@ -65,6 +66,7 @@ class TrainSettings:
     epochs: float = 3.0
     batch_size: int = 32
     learning_rate: float = 3e-3
+    head_learning_rate: float | None = None
     mask_learning_rate: float = 0.1
     checkpoint_every: int = 0
     seed: int = 0
@@ -73,6 +75,10 @@ class TrainSettings:
         for name in ("batch_size", "epochs", "learning_rate", "mask_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not possible. Expected a number above 0.")
+        if self.head_learning_rate is not None and not self.head_learning_rate > 0:
+            raise ConfigError(
+                f"head_learning_rate={self.head_learning_rate!r} is not possible. Expected a number above 0."
+            )
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"max_steps={self.max_steps} is not possible. Expected at least 1.")
 
@@ -183,6 +189,7 @@ class TextClassifier:
                 train_dataset=_Tokenized(self._encode(examples)),
                 data_collator=DataCollatorWithPadding(self.tokenizer),
                 callbacks=self._callbacks(settings, progress),
+                optimizers=(self._optimizer(settings), None),
             )
             trainer.remove_callback(PrinterCallback)
             result = trainer.train(resume_from_checkpoint=last)
@@ -190,6 +197,18 @@ class TextClassifier:
             shutil.rmtree(checkpoints, ignore_errors=True)
         self.model.eval()
         return float(result.training_loss)
+
+    def _optimizer(self, settings: TrainSettings) -> torch.optim.Optimizer:
+        """AdamW without weight decay: the head with its own learning rate, the adapter with the other."""
+        adapter: list[torch.nn.Parameter] = []
+        head: list[torch.nn.Parameter] = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                (head if ".modules_to_save." in name else adapter).append(parameter)
+        groups = [{"params": head, "lr": settings.head_learning_rate or settings.learning_rate}]
+        if adapter:
+            groups.append({"params": adapter, "lr": settings.learning_rate})
+        return torch.optim.AdamW(groups, weight_decay=0.0)
 
     @torch.no_grad()
     def evaluate(self, examples: Examples, *, batch_size: int = 64, progress: Progress | None = None) -> Evaluation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -56,6 +57,16 @@ class SiteConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
         self.expected_base_fingerprint = self.base_fingerprint
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, and complete the model card if an adapter and PEFT's card are there.
+
+        PEFT calls this last when it saves an adapter, see :mod:`peft_xmask.integrations.card`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        from .integrations.card import complete_card  # it stands above the tuners, which stand on this file
+
+        complete_card(Path(save_directory), self)
 
     @property
     def form(self) -> AdapterForm:

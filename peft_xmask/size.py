@@ -58,13 +58,13 @@ def profile_size(source: nn.Module | str | Path, adapter_name: str = "default") 
         ConfigError: the model has no adapter of that name.
     """
     if not isinstance(source, nn.Module):
-        return _folder_size(Path(source))
+        return folder_size(Path(source))
     configs: dict[str, Any] = getattr(source, "peft_config", {})
     if adapter_name not in configs:
         raise ConfigError(f"Expected a PEFT model with adapter '{adapter_name}', found adapters {sorted(configs)}.")
     with tempfile.TemporaryDirectory() as folder:
         source.save_pretrained(folder, selected_adapters=[adapter_name])  # type: ignore[operator]
-        return _folder_size(Path(folder) / ("" if adapter_name == "default" else adapter_name))
+        return folder_size(Path(folder) / ("" if adapter_name == "default" else adapter_name))
 
 
 def is_head_key(key: str, modules_to_save: Iterable[str]) -> bool:
@@ -72,7 +72,12 @@ def is_head_key(key: str, modules_to_save: Iterable[str]) -> bool:
     return any(f".{module}." in f".{key}" for module in modules_to_save)
 
 
-def _folder_size(folder: Path) -> ProfileSize:
+def folder_size(folder: Path, pool_bytes: int | None = None) -> ProfileSize:
+    """Measure an adapter folder; the pool is loaded for it only if ``pool_bytes`` is None.
+
+    Raises:
+        FileFormatError: not the folder of an adapter.
+    """
     config_path = folder / CONFIG_FILE
     if not config_path.is_file():
         raise FileFormatError(f"Expected an adapter folder with {CONFIG_FILE}, found none in '{folder}'.")
@@ -80,11 +85,13 @@ def _folder_size(folder: Path) -> ProfileSize:
     tensors, _ = read_tensors(folder / ADAPTER_FILE)
     saved_whole = config.get("modules_to_save") or ()
     head = sum(tensor.nbytes for key, tensor in tensors.items() if is_head_key(key, saved_whole))
+    if pool_bytes is None:
+        pool_bytes = AdapterPool.from_pretrained(config["pool"]).nbytes if config.get("pool") else 0
     return ProfileSize(
         payload_bytes=sum(tensor.nbytes for tensor in tensors.values()) - head,
         head_bytes=head,
         file_bytes=(folder / ADAPTER_FILE).stat().st_size,
         folder_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
-        pool_bytes=AdapterPool.from_pretrained(config["pool"]).nbytes if config.get("pool") else 0,
+        pool_bytes=pool_bytes,
         num_profiles=config.get("num_profiles") or 1,
     )

@@ -8,9 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from torch import Tensor
 
 from ..errors import ConfigError, FileFormatError
@@ -29,12 +36,50 @@ class HubOptions:
 
 
 @dataclass(frozen=True)
+class HubPath:
+    """A place on the Hub. Its name, ``owner/name[@revision][/subfolder]``, says all of it, as paths of ``hf://`` do.
+
+    Attributes:
+        repo_id: ``owner/name``.
+        revision: branch, tag or commit; None: the default branch.
+        subfolder: inside the repository; empty: its root.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    subfolder: str = ""
+
+    @classmethod
+    def parse(cls, name: str, revision: str | None = None, subfolder: str | None = None) -> HubPath:
+        """Read a name; what it leaves open comes from the other two arguments.
+
+        Raises:
+            ConfigError: the name has a revision, and it is not the one that is given.
+        """
+        owner, _, rest = name.partition("/")
+        repository, _, inside = rest.partition("/")
+        repository, _, named = repository.partition("@")
+        if not rest:
+            owner, _, named = owner.partition("@")
+        if named and revision not in (None, unquote(named)):
+            raise ConfigError(f"'{name}' names a revision, and revision={revision!r} is another. Give one of them.")
+        repo_id = f"{owner}/{repository}" if rest else owner
+        return cls(repo_id, unquote(named) or revision, "/".join(part for part in (inside, subfolder) if part))
+
+    @property
+    def name(self) -> str:
+        """What :meth:`parse` reads."""
+        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"{self.repo_id}{revision}" + (f"/{self.subfolder}" if self.subfolder else "")
+
+
+@dataclass(frozen=True)
 class Folder:
     """A local folder, and the name under which others may know it (no path of this machine).
 
     Attributes:
         path: where it lies.
-        name: Hub id, or the folder's own name.
+        name: :attr:`HubPath.name`, or the folder's own name.
     """
 
     path: Path
@@ -84,26 +129,52 @@ def find_folder(
 ) -> Folder:
     """A local folder, or a download of the named files of a Hub repository.
 
+    Args:
+        where: folder, Hub id or name of a :class:`HubPath`.
+        filenames: to download, those of them that are there.
+        hub: how to reach the Hub.
+        subfolder: of the folder or repository.
+
     Raises:
         ConfigError: neither a folder nor a repository that can be reached.
     """
-    inside = subfolder or ""
     if Path(where).is_dir():
-        path = Path(where) / inside
+        path = Path(where) / (subfolder or "")
         return Folder(path, path.resolve().name)
+    place = HubPath.parse(os.fspath(where), hub.revision, subfolder)
+    inside = place.subfolder
     try:
         root = snapshot_download(
-            os.fspath(where),
-            revision=hub.revision,
+            place.repo_id,
+            revision=place.revision,
             token=hub.token,
             cache_dir=None if hub.cache_dir is None else Path(hub.cache_dir),
             allow_patterns=[f"{inside}/{name}" if inside else name for name in filenames],
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise ConfigError(
-            f"'{os.fspath(where)}' is neither a folder here nor a Hub repository that can be reached: {error}"
+            f"'{os.fspath(where)}' is neither a folder here nor a Hub repository that can be reached: "
+            f"{hub_reason(error, place)}"
         ) from error
-    return Folder(Path(root) / inside, os.fspath(where) + (f"/{inside}" if inside else ""))
+    return Folder(Path(root) / inside, place.name)
+
+
+def hub_reason(error: Exception, place: HubPath) -> str:
+    """Why a request for ``place`` failed, and what to do, in a sentence or two."""
+    if isinstance(error, RevisionNotFoundError):
+        return f"'{place.repo_id}' has no revision '{place.revision}'. Check its branches, tags and commits."
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        return (
+            f"the Hub has no repository '{place.repo_id}', or it is private, or the token may not do this. Check the "
+            "id, then run `hf auth login`, set HF_TOKEN, or pass token=..."
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"'{place.repo_id}' is not, or not wholly, in the local cache, and the Hub cannot be reached or "
+            f"HF_HUB_OFFLINE is set. Load it once while online. ({error})"
+        )
+    return str(error)
 
 
 def refuse_fields(source: str, config: Mapping[str, Any], refused: Mapping[str, tuple[Sequence[Any], str]]) -> None:

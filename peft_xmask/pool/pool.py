@@ -121,7 +121,7 @@ class AdapterPool:
         """Load a saved pool. Tensors are memory-mapped: read when used, and shared with other processes.
 
         Args:
-            pool_id: folder or Hub id.
+            pool_id: folder, Hub id, or ``"owner/name@revision/subfolder"``, which a config can hold.
             revision: of the Hub id.
             subfolder: of the folder or Hub id.
             token: for the Hub.
@@ -135,7 +135,7 @@ class AdapterPool:
         """
         hub = HubOptions(revision, token, cache_dir)
         folder = find_folder(pool_id, storage.FILENAMES, hub, subfolder)
-        name = str(Path(pool_id) / (subfolder or "")) if Path(pool_id).is_dir() else os.fspath(pool_id)
+        name = str(Path(pool_id) / (subfolder or "")) if Path(pool_id).is_dir() else folder.name
         return cls(storage.read_pool(folder, _checked(dtype)), name)
 
     def save_pretrained(self, save_directory: PathLike) -> None:
@@ -158,13 +158,22 @@ class AdapterPool:
     ) -> str:
         """Upload the pool to a Hub repository, which is created if need be.
 
+        Args:
+            repo_id: ``owner/name``, or a name in the user's own namespace.
+            private: whether a new repository is private; None: as the owner's settings say.
+            token: for the Hub.
+            revision: branch to commit to, created if need be; None: the default branch.
+            commit_message: None: one with the fingerprint.
+
         Returns:
             The address of the commit.
+
+        Raises:
+            ConfigError: the token may not write there, or there is none.
         """
-        address = storage.upload_pool(
+        address, self._name_or_path = storage.upload_pool(
             self._adapters, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
         )
-        self._name_or_path = repo_id
         return address
 
     def bind(self, sites: Sequence[Site]) -> list[PoolSlice]:
@@ -216,7 +225,10 @@ class AdapterPool:
 
     @property
     def name_or_path(self) -> str | None:
-        """Folder or Hub id under which the pool was last saved or from which it was loaded; None if neither."""
+        """Folder or Hub name under which the pool was last saved or from which it was loaded; None if neither.
+
+        A Hub name has the revision and subfolder, if any: ``"owner/name@revision/subfolder"``.
+        """
         return self._name_or_path
 
     @property

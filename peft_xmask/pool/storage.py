@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from ..errors import ConfigError, FileFormatError, PoolMismatchError
@@ -24,7 +26,7 @@ from ..files import dtype_from_name, read_tensors, sha256_of_file, write_tensors
 from ..functional import ACTIVATIONS
 from .card import model_card
 from .dtypes import dtype_name
-from .folders import Folder
+from .folders import Folder, HubPath, hub_reason
 from .random import RandomAdapters
 from .sharing import hold
 from .trained import PARTS, SiteTensors, TrainedAdapters
@@ -248,6 +250,14 @@ def _assemble(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], identity:
     )
 
 
+def stored_bytes(facts: Mapping[str, Any]) -> int:
+    """Bytes of the tensors of a pool, from its checked ``pool.json`` alone; 0 for a random pool."""
+    if facts["kind"] == "random":
+        return 0
+    forms = _expected_forms(facts, dtype_from_name(facts["dtype"])).values()
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
+
+
 def upload_pool(
     adapters: RandomAdapters | TrainedAdapters,
     repo_id: str,
@@ -256,18 +266,27 @@ def upload_pool(
     token: str | bool | None,
     revision: str | None,
     commit_message: str | None,
-) -> str:
-    """Create a Hub repository if need be and upload a pool; the address of the commit."""
+) -> tuple[str, str]:
+    """Create a Hub repository if need be and upload a pool; the address of the commit, and the pool's name there.
+
+    Raises:
+        ConfigError: the token may not write there, or there is none.
+    """
     api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        write_pool(Path(folder), adapters)
-        commit = api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            revision=revision,
-            commit_message=commit_message or f"Upload adapter pool {adapters.fingerprint}",
-        )
-    return str(commit.commit_url)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write_pool(Path(folder), adapters)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message or f"Upload adapter pool {adapters.fingerprint}",
+                delete_patterns=[name for name in FILENAMES if not (Path(folder) / name).exists()] or None,
+            )
+    except HfHubHTTPError as error:
+        reason = hub_reason(error, HubPath(repo_id, revision))
+        raise ConfigError(f"The pool could not be pushed to '{repo_id}': {reason}") from error
+    return str(commit.commit_url), HubPath(repo_id, revision).name

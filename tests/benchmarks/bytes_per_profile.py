@@ -55,6 +55,13 @@ from peft_xmask import BottleneckConfig, XPEFTConfig, profile_size
 TINY_SHARED = ("tinylora_A", "tinylora_B", "tinylora_P")
 Q_V = ["query", "value"]
 
+
+def xpeft(num_adapters=100, bottleneck_size=48, learn_gain=True, mask_type="hard"):
+    return XPEFTConfig(
+        num_adapters=num_adapters, bottleneck_size=bottleneck_size, learn_gain=learn_gain, mask_type=mask_type
+    )
+
+
 METHODS = {
     # name: (setting, config, key parts of tensors that profiles can have in common)
     "LoRA r=8": ("q,v", lambda: LoraConfig(r=8, target_modules=Q_V), ()),
@@ -69,10 +76,10 @@ METHODS = {
     "SHiRA": ("r=8, random mask", lambda: ShiraConfig(r=8, random_seed=0), ("shira_indices",)),
     "LN tuning": ("all LayerNorms", lambda: LNTuningConfig(target_modules=["LayerNorm"]), ()),
     "bottleneck (ours)": ("b=48", lambda: BottleneckConfig(bottleneck_size=48), ()),
-    "X-PEFT hard": ("N=100, b=48", lambda: XPEFTConfig(num_adapters=100), ()),
-    "X-PEFT hard, no gain": ("N=100, b=48", lambda: XPEFTConfig(num_adapters=100, learn_gain=False), ()),
-    "X-PEFT hard N=400": ("N=400, b=12", lambda: XPEFTConfig(num_adapters=400, bottleneck_size=12), ()),
-    "X-PEFT soft": ("N=100, b=48", lambda: XPEFTConfig(num_adapters=100, mask_type="soft"), ()),
+    "X-PEFT hard, gain": ("N=100, b=48", xpeft, ()),
+    "X-PEFT hard, no gain": ("N=100, b=48", lambda: xpeft(learn_gain=False), ()),
+    "X-PEFT hard, gain, N=400": ("N=400, b=12", lambda: xpeft(num_adapters=400, bottleneck_size=12), ()),
+    "X-PEFT soft, gain": ("N=100, b=48", lambda: xpeft(mask_type="soft"), ()),
 }
 SLOW_SECONDS, SLOW_ROUNDS = 1.0, 3
 """A method whose loads take longer than this is timed in so many rounds only."""

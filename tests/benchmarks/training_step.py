@@ -149,7 +149,7 @@ def main():
     parser.add_argument("--examples", type=int, default=32, help="texts in a batch (32)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens in a text (64)")
     parser.add_argument("--rounds", type=int, default=40, help="most rounds of training; inference has more (40)")
-    parser.add_argument("--limit", type=float, default=180.0, help="no new round after this many s in all (180)")
+    parser.add_argument("--limit", type=float, default=150.0, help="no new round after this many s in all (150)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # of transformers, about its next version
