@@ -11,8 +11,10 @@ from .pool import AdapterPool
 from .xpeft import XPEFTConfig
 
 METHODS = ("xpeft", "bottleneck", "lora", "head")
-LEARNING_RATES = {"xpeft": 3e-2, "bottleneck": 1e-2, "lora": 3e-3, "head": 3e-2}
+LEARNING_RATES = {"xpeft": 1e-2, "bottleneck": 3e-3, "lora": 3e-3, "head": 3e-2}
 """Default learning rate of each method; X-PEFT's masks have another. docs/demo.md says how they were chosen."""
+HEAD_LEARNING_RATE = 3e-2
+"""Default learning rate of the head, with every method."""
 
 
 def method_config(

@@ -181,7 +181,10 @@ class SiteTuner(BaseTuner):
 
     def _check_adapter_names(self, names: list[str]) -> list[str]:
         if self.training:
-            raise ConfigError("adapter_names cannot be passed in training mode. Call model.eval() first.")
+            raise ConfigError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
+            )
+        self._refuse_merged()
         unknown = sorted({name for name in names if name != "__base__"} - set(self.peft_config))
         if unknown:
             raise ConfigError(
@@ -189,6 +192,13 @@ class SiteTuner(BaseTuner):
                 f"{', '.join(sorted(self.peft_config))}, or '__base__' for none."
             )
         return names
+
+    def _refuse_merged(self) -> None:
+        """A merged adapter serves whole batches: one row of a batch cannot do without it."""
+        if any(module.merged for module in self.model.modules() if isinstance(module, BaseTunerLayer)):
+            raise ConfigError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
 
 def _pass_adapter_names(

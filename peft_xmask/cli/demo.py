@@ -98,13 +98,19 @@ def _run(base: Path, folder: Path, steps: int, seed: int) -> bool:
 
 def _train(method: str, base: Path, corpus: Corpus, folder: Path, *, steps: int, seed: int) -> tuple[Row, list[int]]:
     from ..classify import TextClassifier, TrainSettings
-    from ..methods import LEARNING_RATES, method_config
+    from ..methods import HEAD_LEARNING_RATE, LEARNING_RATES, method_config
     from ..size import profile_size
 
     classifier = TextClassifier.create(
         base, corpus.label_names, method_config(method), max_length=MAX_LENGTH, seed=seed
     )
-    settings = TrainSettings(max_steps=steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATES[method], seed=seed)
+    settings = TrainSettings(
+        max_steps=steps,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATES[method],
+        head_learning_rate=HEAD_LEARNING_RATE,
+        seed=seed,
+    )
     trained_numbers = classifier.trained_numbers
     with progress_bar(f"training {NAMES[method]}", steps) as step:
         classifier.train(corpus.train, settings, progress=step)

@@ -1,27 +1,26 @@
 """The model card of an adapter: how to load it, what it belongs to and how many bytes it takes.
 
-PEFT writes a generic ``README.md`` before an adapter's files; :meth:`peft_xmask.config.SiteConfig.save_pretrained`, which
-PEFT calls after them, completes it here. Two of PEFT's methods write a card when the files are there already, for the
-Trainer and for ``push_to_hub``: :func:`complete_cards_of_peft` wraps them.
+PEFT writes a generic ``README.md`` before an adapter's files and calls our config's ``save_pretrained`` last, which
+completes the card. Two methods of PEFT's models meet a card when the files are there already, for the Trainer and for
+``push_to_hub``: :func:`complete_cards_of_peft` extends them.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
-import os
 import re
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import safetensors
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import is_jinja_available, validate_repo_id
 from peft import PeftModel
 
+from .._version import __version__
 from ..config import SiteConfig
 from ..errors import PeftXMaskWarning
 from ..files import write_text
@@ -29,10 +28,11 @@ from ..pool import AdapterPool
 from ..pool.folders import Folder, HubPath
 from ..pool.storage import JSON_FILE, stored_bytes
 from ..size import ADAPTER_FILE, CONFIG_FILE, folder_size
+from ..xpeft import XPEFTConfig
 
 CARD_FILE = "README.md"
-BEGIN = "```python\nimport peft_xmask"
-END = "<!-- peft_xmask writes anew, at each save, what is between the Python block and this line; add yours below. -->"
+BEGIN = "```python\nimport peft_xmask\n"
+END = "<!-- peft_xmask replaces what is between the Python block and this line at each save. The rest is yours. -->"
 
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -42,15 +42,18 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-_GENERATED = re.compile(r"- PEFT \S+|### Framework versions|.*model card has been automatically generated\.")
-_CLASSIFIER = re.compile(r"(^|\.)(classifier|score|out_proj)\.weight$")
+TAGS = {"XPEFT": "x-peft", "BOTTLENECK_ADAPTER": "bottleneck-adapter"}
+_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
+_HEAD = re.compile(r"(^|\.)(classifier|score|classifier\.out_proj)\.weight$")
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_GENERATED = re.compile(r"\s*|### Framework versions|- PEFT \S+|.*model card has been automatically generated\.")
 
 
 def complete_card(folder: Path, config: SiteConfig, adapter_id: str | None = None) -> None:
-    """Bring the model card of an adapter folder up to date; do nothing where an adapter file or a card is missing.
+    """Bring the model card of an adapter folder up to date; do nothing where the adapter's files or a card are missing.
 
-    After the metadata come how to load the adapter, what it is and its sizes. An untouched template of PEFT or
-    transformers is dropped. What a user wrote stays. Saving never fails for the card's sake: what goes wrong is a
+    After the metadata come how to load the adapter, what it is and its sizes. What a user wrote stays; an untouched
+    template of PEFT or transformers goes. Saving never fails for the card's sake: what goes wrong is a
     :class:`~peft_xmask.PeftXMaskWarning`, and the card is then left as it was.
 
     Args:
@@ -59,51 +62,198 @@ def complete_card(folder: Path, config: SiteConfig, adapter_id: str | None = Non
         adapter_id: under which others will find it; None: not known.
     """
     path = folder / CARD_FILE
-    if not (path.is_file() and (folder / ADAPTER_FILE).is_file() and (folder / CONFIG_FILE).is_file()):
+    if not all((folder / name).is_file() for name in (CARD_FILE, ADAPTER_FILE, CONFIG_FILE)):
         return
     try:
         card = ModelCard(path.read_text(encoding="utf-8-sig"))
-        section = "\n".join([*_how_to_load(folder, config, adapter_id), "", *_facts(folder, config), "", END])
+        section = "\n".join([*_how_to_load(folder, config, adapter_id), "", *_table(folder, config), "", END])
         _complete_metadata(card.data, config)
         card.text = _with_section(card.text, section)
         write_text(path, str(card))
     except Exception as error:  # a card is worth less than the adapter that is being saved
         warnings.warn(
-            f"The adapter is saved; its model card '{path}' could not be completed: {error}",
+            f"The adapter is saved, but its model card '{path}' could not be completed: {error}",
             PeftXMaskWarning,
             stacklevel=3,
         )
 
 
 def complete_cards_of_peft() -> None:
-    """Let PEFT's models complete the cards that they write after an adapter's files. Doing it twice is harmless.
+    """Let PEFT's models complete the cards they write where an adapter lies already. Doing it twice is harmless.
 
-    ``push_to_hub`` replaces the card of the folder it uploads by transformers' own, and the Trainer's card of a finished
-    training replaces the folder's. Models whose adapters are all of other methods are not concerned.
+    ``push_to_hub`` replaces the card in the folder that it uploads by transformers' own, and the Trainer replaces it at
+    the end of a training. Models whose adapter is of another method are not concerned.
     """
-    _extend("create_or_update_model_card", lambda model, folder: _complete_default(model, folder, None))
-    _extend("_upload_modified_files", _complete_default, before=True)
+    for name, extend in (
+        ("create_or_update_model_card", _completing_after),
+        ("_upload_modified_files", _completing_before),
+    ):
+        method = getattr(PeftModel, name, None)
+        if method is not None and not hasattr(method, "completes_cards"):
+            extended = extend(method)
+            extended.completes_cards = True
+            setattr(PeftModel, name, extended)
 
 
-def _extend(name: str, complete: Callable[..., None], before: bool = False) -> None:
-    original = getattr(PeftModel, name, None)
-    if original is None or hasattr(original, "completes_cards"):
-        return
+def _completing_after(create: Any) -> Any:
+    @functools.wraps(create)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        create(self, output_dir)
+        _complete_default(self, output_dir, None)
 
-    @functools.wraps(original)
-    def extended(self: PeftModel, folder: str, *args: Any, **kwargs: Any) -> Any:
-        if before:
-            complete(self, folder, *args[:1], **{key: kwargs[key] for key in ("repo_id",) if key in kwargs})
-        result = original(self, folder, *args, **kwargs)
-        if not before:
-            complete(self, folder)
-        return result
-
-    extended.completes_cards = True  # type: ignore[attr-defined]
-    setattr(PeftModel, name, extended)
+    return create_or_update_model_card
 
 
-def _complete_default(model: PeftModel, folder: str, repo_id: str | None) -> None:
+def _completing_before(upload: Any) -> Any:
+    @functools.wraps(upload)
+    def upload_modified_files(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        _complete_default(self, working_dir, repo_id)
+        return upload(self, working_dir, repo_id, *args, **kwargs)
+
+    return upload_modified_files
+
+
+def _complete_default(model: PeftModel, folder: str, adapter_id: str | None) -> None:
+    """Only the adapter called "default" lies beside the card; others lie in folders of their own."""
     config = model.peft_config.get("default")
     if isinstance(config, SiteConfig):
-        complete_card(Path(folder), config, repo_id)
+        complete_card(Path(folder), config, adapter_id)
+
+
+def _with_section(text: str, section: str) -> str:
+    """The body of a card with our section put in the place of the old one, or first."""
+    before, end, after = text.partition(END)
+    if not end:
+        before, after = "", text
+    elif BEGIN in before:
+        before = before[: before.rindex(BEGIN)]
+    parts = [part.strip() for part in (before, section, after) if part is section or not _is_untouched(part)]
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def _is_untouched(text: str) -> bool:
+    """Whether nobody has written into the template."""
+    return all(line.strip() in _template_lines() or _GENERATED.fullmatch(line) for line in text.splitlines())
+
+
+@functools.lru_cache(maxsize=1)
+def _template_lines() -> frozenset[str]:
+    if importlib.util.find_spec("jinja2") is None:
+        return frozenset()
+    return frozenset(line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines())
+
+
+def _complete_metadata(data: Any, config: SiteConfig) -> None:
+    """Set the library, method and base model; the Hub refuses a card whose base model is a folder of this machine."""
+    data["library_name"] = "peft"
+    bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
+    known = [base for base in bases if _hub_id(base)] or [_hub_id(config.base_model_name_or_path)]
+    data["base_model"] = known[0] if len(known) == 1 else known
+    prefix = "base_model:adapter:"
+    kept = [tag for tag in data.tags or [] if not tag.startswith(prefix) or _hub_id(tag.removeprefix(prefix))]
+    data["tags"] = sorted({*kept, "peft", TAGS.get(_method(config), "adapter")})
+
+
+def _how_to_load(folder: Path, config: SiteConfig, adapter_id: str | None) -> list[str]:
+    facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    base = _hub_id(config.base_model_name_or_path) or "path-or-hub-id-of-the-base-model"
+    adapter = adapter_id or "path-or-hub-id-of-this-adapter"
+    found = facts.get("auto_mapping") or {}
+    in_transformers = str(found.get("parent_library", "transformers")).startswith("transformers")
+    auto = AUTO_CLASSES.get(facts.get("task_type") or "") or found.get("base_model_class")
+    lines = [*BEGIN.splitlines(), "from peft import PeftModel"]
+    if auto and in_transformers:
+        labels = _number_of_labels(folder, facts)
+        lines += [f"from transformers import {auto}", ""]
+        lines += [f'base_model = {auto}.from_pretrained("{base}"{f", num_labels={labels}" if labels else ""})']
+    else:
+        lines += ["", f"base_model = ...  # {found.get('base_model_class', 'the base model')}, as it was adapted"]
+    arguments = f'base_model, "{adapter}"'
+    if isinstance(config, XPEFTConfig) and config.pool is not None and not _pool_place(config):
+        lines.append(f'config = peft_xmask.XPEFTConfig.from_pretrained("{adapter}")')
+        lines.append('config.pool = "path-or-hub-id-of-the-pool"')
+        arguments += ", config=config"
+    return [*lines, f"model = PeftModel.from_pretrained({arguments})", "```"]
+
+
+def _number_of_labels(folder: Path, facts: dict[str, Any]) -> int | None:
+    """Rows of the classification head in the file, if there is one such head."""
+    if facts.get("task_type") not in _LABELLED:
+        return None
+    with safetensors.safe_open(str(folder / ADAPTER_FILE), framework="pt") as tensors:
+        names: list[str] = tensors.keys()
+        rows: list[int] = [tensors.get_slice(name).get_shape()[0] for name in names if _HEAD.search(name)]
+    return rows[0] if len(rows) == 1 else None
+
+
+def _table(folder: Path, config: SiteConfig) -> list[str]:
+    size = folder_size(folder, pool_bytes=0)
+    rows: list[tuple[str, object]] = [
+        ("method", f"{_method(config)}: {config.activation}, {config.insertion_form}"),
+        ("base model", _shown(config.base_model_name_or_path)),
+        ("base fingerprint", f"`{config.base_fingerprint}`"),
+    ]
+    if isinstance(config, XPEFTConfig):
+        chosen = f", {config.top_k} of {config.num_adapters} adapters" if config.mask_type == "hard" else ""
+        rows += [
+            ("pool", f"random, seed {config.pool_seed}" if config.pool is None else _shown(_pool_name(config))),
+            ("pool fingerprint", f"`{config.pool_fingerprint}`"),
+            ("adapters per site, bottleneck size", f"{config.num_adapters}, {config.bottleneck_size}"),
+            ("masks", config.mask_type + chosen),
+            ("profiles", size.num_profiles),
+        ]
+    else:
+        rows.append(("bottleneck size", getattr(config, "bottleneck_size", None)))
+    rows += [
+        ("masks and gains" if isinstance(config, XPEFTConfig) else "adapter weights", _bytes(size.payload_bytes)),
+        ("modules saved whole, such as a head", _bytes(size.head_bytes)),
+        (f"file `{ADAPTER_FILE}`", _bytes(size.file_bytes)),
+    ]
+    if isinstance(config, XPEFTConfig):
+        rows.append(("pool, once for all profiles", _bytes(_pool_bytes(config))))
+    rows.append(("made with", f"peft_xmask {__version__}, PEFT {peft.__version__}"))
+    return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+
+
+def _method(config: SiteConfig) -> str:
+    return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _bytes(number: int | None) -> str:
+    return "not known" if number is None else f"{number:,} bytes"
+
+
+def _pool_name(config: XPEFTConfig) -> str | None:
+    return config.pool.name_or_path if isinstance(config.pool, AdapterPool) else config.pool
+
+
+def _pool_place(config: XPEFTConfig) -> HubPath | None:
+    name = _pool_name(config)
+    return HubPath.parse(name) if name and _hub_id(name) else None
+
+
+def _pool_bytes(config: XPEFTConfig) -> int | None:
+    """From ``pool.json``, here or in the Hub's cache; None where neither has it. Nothing is fetched."""
+    if config.pool is None or isinstance(config.pool, AdapterPool):
+        return 0 if config.pool is None else config.pool.nbytes
+    folder = Path(config.pool)
+    if place := _pool_place(config):
+        inside = f"{place.subfolder}/{JSON_FILE}" if place.subfolder else JSON_FILE
+        cached = try_to_load_from_cache(place.repo_id, inside, revision=place.revision)
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    return stored_bytes(Folder(folder, folder.name).read_json(JSON_FILE)) if (folder / JSON_FILE).is_file() else None
+
+
+def _hub_id(name: str | None) -> str | None:
+    """``name``, if it can be that of a place on the Hub and is no folder here."""
+    fits = name and not Path(name).exists() and _REPO_ID.fullmatch(HubPath.parse(name).repo_id)
+    return name if fits else None
+
+
+def _shown(name: str | None) -> str:
+    """A name for others: no path of this machine."""
+    if not name:
+        return "not named"
+    return f"`{name}`" if _hub_id(name) else f"`{Path(name).name}`, a folder where this was made"

@@ -131,6 +131,7 @@ class XPEFTModel(SiteTuner):
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
+        self._refuse_merged()
         count = self.table.specs[self.active_adapters[0]].num_profiles
         if rows.dtype != torch.long or rows.dim() != 1 or bool(((rows < 0) | (rows >= count)).any()):
             raise ConfigError(

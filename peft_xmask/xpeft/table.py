@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,12 +32,15 @@ class Mixing:
     """Masks ready to mix with: R distinct rows, and which of them each example of the batch uses.
 
     Shapes: ``mask [R, 2, S, N]``, ``gain [R, S]``, ``index [B]`` or None when one row serves the whole batch.
+    ``rows``, ``state`` and ``sources`` say what it was computed from, and so how long it holds.
     """
 
     mask: Tensor
     gain: Tensor
     index: Tensor | None
-    key: tuple[Any, ...] = ()
+    rows: int | Tensor = 0
+    state: tuple[Any, ...] = ()
+    sources: list[tuple[nn.Module, Tensor, int | None, torch.dtype, torch.device]] = field(default_factory=list)
 
     def spread(self, mixed: Tensor) -> Tensor:
         """From one tensor per distinct row to one per example, or to the only one. ``[R, ...] -> [B, ...]``."""
@@ -162,25 +165,35 @@ class MaskTable(nn.Module, XPEFTModule):
             ConfigError: an adapter of several profiles, and none was chosen.
             MaskFormatError: bytes that were loaded, or logits that were trained, are no masks.
         """
-        self._take_in(adapter_name)
         rows = self._active_rows(adapter_name)
-        sources = [
-            container[adapter_name].weight
+        cached = self._cache.get(adapter_name)
+        if cached is not None and self._holds(cached, adapter_name, rows):
+            return cached
+        self._take_in(adapter_name)
+        holders = [
+            container[adapter_name]
             for container in (self.xpeft_logits, self.xpeft_gain, self.xpeft_bits, self.xpeft_gain_bits)
             if adapter_name in container
         ]
-        graph = torch.is_grad_enabled() and any(source.requires_grad for source in sources)
-        state = (self.training, graph, self.temperature[adapter_name], self.logit_scale[adapter_name])
-        key: tuple[Any, ...] = (rows, *state)
-        for source in sources:
-            key += (source, _version(source), source.dtype, source.device)
-        cached = self._cache.get(adapter_name)
-        if cached is not None and _same(cached.key, key):
-            return cached
         mixing = self._mixing(adapter_name, rows)
-        mixing.key = key
+        mixing.rows, mixing.state = rows, self._state(adapter_name, [holder.weight for holder in holders])
+        mixing.sources = [(holder, holder.weight, *_form(holder.weight)) for holder in holders]
         self._cache[adapter_name] = mixing
         return mixing
+
+    def _holds(self, cached: Mixing, name: str, rows: int | Tensor) -> bool:
+        """Whether a mixing is still true: asked at every site of every forward pass, so it looks nothing up."""
+        by_row = isinstance(rows, int) and isinstance(cached.rows, int)
+        if cached.rows is not rows and not (by_row and cached.rows == rows):
+            return False
+        for holder, weight, version, dtype, device in cached.sources:
+            if holder.weight is not weight or (version, dtype, device) != _form(weight):
+                return False
+        return cached.state == self._state(name, [weight for _, weight, *_ in cached.sources])
+
+    def _state(self, name: str, weights: list[Tensor]) -> tuple[Any, ...]:
+        graph = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        return self.training, graph, self.temperature[name], self.logit_scale[name]
 
     def _mixing(self, name: str, rows: int | Tensor) -> Mixing:
         index = None
@@ -293,14 +306,14 @@ class MaskTable(nn.Module, XPEFTModule):
         if not self.is_trained(name):
             return
         inbox = self.xpeft_bits[name].weight
-        seen = self._inbox.get(name)
-        if seen is None or not _same(seen, (inbox, _version(inbox))):
+        seen, version = self._inbox.get(name, (None, None))
+        if seen is not inbox or version != _form(inbox)[0]:
             if inbox.any():
                 gain_bits = self.xpeft_gain_bits[name].weight if self.specs[name].learn_gain else None
                 self.specs[name].check(inbox, gain_bits)
                 self.load(name, inbox, gain_bits)
                 inbox.zero_()
-            self._inbox[name] = (inbox, _version(inbox))
+            self._inbox[name] = (inbox, _form(inbox)[0])
         if self.training and name in self.rebuilt:
             self.rebuilt.discard(name)
             warnings.warn(
@@ -340,15 +353,9 @@ def begin_forward(root: nn.Module, *_: Any) -> None:
     root.mask_table.new_forward()  # type: ignore[operator, union-attr]
 
 
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
-
-
-def _same(key: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    return len(key) == len(other) and all(
-        a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
-        for a, b in zip(key, other, strict=True)
-    )
+def _form(tensor: Tensor) -> tuple[int | None, torch.dtype, torch.device]:
+    """Version (None in inference mode, where nothing is counted), dtype and device."""
+    return None if tensor.is_inference() else tensor._version, tensor.dtype, tensor.device
 
 
 def _not_finite(name: str) -> str:

@@ -7,7 +7,7 @@ from peft import PeftConfig
 
 from peft_xmask.classify import TextClassifier, TrainSettings
 from peft_xmask.cli.data import label_names_of, number_labels, read_rows
-from peft_xmask.methods import LEARNING_RATES, method_config
+from peft_xmask.methods import HEAD_LEARNING_RATE, LEARNING_RATES, method_config
 
 COLUMNS = ("--text", "doc", "--label", "chapter")
 QUICK = ("--max-steps", 3, "--batch-size", 8, "--max-length", 24)
@@ -85,7 +85,8 @@ def test_resume_continues_to_the_very_weights_of_an_uninterrupted_run(data, mini
     names = label_names_of(rows)
     config = method_config("xpeft", num_adapters=10, bottleneck_size=4)
     classifier = TextClassifier.create(minilm, names, config, max_length=24)
-    settings = TrainSettings(max_steps=4, batch_size=8, learning_rate=LEARNING_RATES["xpeft"], checkpoint_every=2)
+    rates = {"learning_rate": LEARNING_RATES["xpeft"], "head_learning_rate": HEAD_LEARNING_RATE}
+    settings = TrainSettings(max_steps=4, batch_size=8, checkpoint_every=2, **rates)
 
     def stop_after_three(done, total):
         if done == 3:

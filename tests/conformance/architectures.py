@@ -115,12 +115,12 @@ class MLP(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([Block(10), Block(10)])
+        self.body = nn.ModuleDict({"layers": nn.ModuleList([Block(10), Block(10)])})
         self.head = nn.Linear(10, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.head.weight.dtype)
-        for layer in self.layers:
+        for layer in self.body["layers"]:
             x = layer(x)
         return self.head(x)
 
@@ -143,7 +143,7 @@ ARCHITECTURES = [
         "mlp",
         MLP,
         {"x": torch.randn(3, 10, generator=torch.Generator().manual_seed(6))},
-        "layers.0.down",
+        "body.layers.0.down",
         {"target_modules": ["down"]},
         checkpoints=False,
     ),

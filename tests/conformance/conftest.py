@@ -15,8 +15,12 @@ from methods import METHODS
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Fill ``method`` or ``linear_method``, and ``architecture``, ``generator`` or ``transformer``, from the tables."""
-    methods = {"method": METHODS, "linear_method": [method for method in METHODS if method.linear]}
+    """Give a test the rows of the two tables that it asks for by the names of its arguments."""
+    methods = {
+        "method": METHODS,
+        "linear_method": [each for each in METHODS if each.linear],
+        "bent_method": [each for each in METHODS if not each.linear],
+    }
     architectures = {
         "architecture": ARCHITECTURES,
         "generator": [each for each in ARCHITECTURES if each.generates],

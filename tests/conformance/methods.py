@@ -1,6 +1,5 @@
 """The methods under test: one row each. A new tuner joins the matrix here and nowhere else."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +14,21 @@ class Method:
     """How the matrix makes a method's adapters.
 
     Attributes:
-        config: builds a config whose adapter changes the outputs from the start; takes any field of the config.
+        config_cls: its config class.
+        fields: with which its adapter is small and changes the outputs from the start.
         prefix: of its state's names.
         linear: whether it can be merged.
-        in_base_dtype: whether training in half precision without PEFT's cast to float32 keeps the base's dtype.
     """
 
     name: str
-    config: Callable[..., PeftConfig]
+    config_cls: type[PeftConfig]
+    fields: dict[str, Any]
     prefix: str
     linear: bool
+
+    def config(self, **fields: Any) -> PeftConfig:
+        """A config with these fields besides its own."""
+        return self.config_cls(**{**self.fields, **fields})
 
     def owns(self, parameter_name: str) -> bool:
         """Whether a parameter belongs to the method, by its name."""
@@ -46,24 +50,16 @@ class Method:
                     parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def xpeft(**fields: Any) -> XPEFTConfig:
-    """Hard masks over a small random pool, strong enough that two profiles clearly differ."""
-    return XPEFTConfig(**{"num_adapters": 12, "bottleneck_size": 4, "scale": 1.0, **fields})
-
-
-def bottleneck(**fields: Any) -> BottleneckConfig:
-    return BottleneckConfig(**{"bottleneck_size": 4, "init_weights": False, "scale": 100.0, **fields})
-
+XPEFT = dict(num_adapters=12, bottleneck_size=8, scale=1.0)
+BOTTLENECK = dict(bottleneck_size=4, init_weights=False, scale=100.0)
+LINEAR_BOTTLENECK = dict(activation="identity", use_bias=False, insertion_form="parallel")
 
 METHODS = [
-    Method("xpeft", xpeft, "xpeft_", linear=False),
-    Method("xpeft-soft-gelu", lambda **f: xpeft(mask_type="soft", activation="gelu", **f), "xpeft_", linear=False),
-    Method("xpeft-identity", lambda **f: xpeft(activation="identity", **f), "xpeft_", linear=True),
-    Method("bottleneck", bottleneck, "bottleneck_adapter_", linear=False),
+    Method("xpeft", XPEFTConfig, XPEFT, "xpeft_", linear=False),
+    Method("xpeft-soft", XPEFTConfig, {**XPEFT, "mask_type": "soft", "activation": "gelu"}, "xpeft_", linear=False),
+    Method("xpeft-identity", XPEFTConfig, {**XPEFT, "activation": "identity"}, "xpeft_", linear=True),
+    Method("bottleneck", BottleneckConfig, BOTTLENECK, "bottleneck_adapter_", linear=False),
     Method(
-        "bottleneck-identity",
-        lambda **f: bottleneck(activation="identity", use_bias=False, insertion_form="parallel", **f),
-        "bottleneck_adapter_",
-        linear=True,
+        "bottleneck-identity", BottleneckConfig, {**BOTTLENECK, **LINEAR_BOTTLENECK}, "bottleneck_adapter_", linear=True
     ),
 ]

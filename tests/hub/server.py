@@ -1,8 +1,8 @@
 """A Hugging Face Hub on the loopback interface, in memory: what `huggingface_hub` calls to push and to load models.
 
-Repositories with branches and commits, private ones, Git LFS for `.safetensors` (uploaded by PUT, served by a redirect to
-another host name, as a CDN is), and the error codes that the client turns into its exceptions. No Xet: the client must
-run with `HF_HUB_DISABLE_XET=1`.
+Repositories with branches and commits, private ones, Git LFS for `.safetensors` (uploaded by PUT, served by a redirect
+to another host name, as a CDN is), and the error codes that the client turns into its exceptions. No Xet: the client
+must run with `HF_HUB_DISABLE_XET=1`.
 """
 
 from __future__ import annotations
@@ -94,6 +94,10 @@ def running_hub():
         thread.join()
 
 
+def owner_of(repo: str) -> str:
+    return repo.partition("/")[0]
+
+
 def is_lfs(path: str) -> bool:
     return path.endswith(".safetensors")
 
@@ -183,7 +187,7 @@ class Handler(BaseHTTPRequestHandler):
     def readable(self, repo: str, revision: str = "main") -> Repo:
         """The repository, if it exists and may be read. As on the Hub, nobody learns which of the two it was."""
         found = self.server.repos.get(repo)
-        if found is None or (found.private and self.user != repo.split("/")[0]):
+        if found is None or (found.private and self.user != owner_of(repo)):
             if self.user is None:
                 raise Failure(401, "Invalid username or password.")
             raise Failure(*CODES["RepoNotFound"], "RepoNotFound")
@@ -192,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         return found
 
     def writable(self, repo: str, revision: str = "main") -> Repo:
-        self.owner(repo.split("/")[0])
+        self.owner(owner_of(repo))
         return self.readable(repo, revision)
 
     def owner(self, namespace: str) -> None:
@@ -323,5 +327,6 @@ class Handler(BaseHTTPRequestHandler):
             oid = hashlib.sha256(data).hexdigest()
             self.server.blobs[oid] = data
             headers |= {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
-            return self.answer(b"", 302, headers | {"Location": f"{self.server.cdn}/lfs/{oid}"})
-        self.answer(data, headers=headers)
+            self.answer(b"", 302, headers | {"Location": f"{self.server.cdn}/lfs/{oid}"})
+        else:
+            self.answer(data, headers=headers)
