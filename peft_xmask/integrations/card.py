@@ -45,7 +45,7 @@ AUTO_CLASSES = {
 TAGS = {"XPEFT": "x-peft", "BOTTLENECK_ADAPTER": "bottleneck-adapter"}
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 _HEAD = re.compile(r"(^|\.)(classifier|score|classifier\.out_proj)\.weight$")
-_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _GENERATED = re.compile(r"\s*|### Framework versions|- PEFT \S+|.*model card has been automatically generated\.")
 
 

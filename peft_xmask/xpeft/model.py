@@ -101,6 +101,9 @@ class XPEFTModel(SiteTuner):
         device = device_of(first.get_base_layer())
         if device is not None and device.type != "cpu":
             self.table.to(device)
+        weight = getattr(first.get_base_layer(), "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):
+            self.table.cast(adapter_name, weight.dtype)  # PEFT casts it back unless autocast_adapter_dtype=False
 
     @property
     def table(self) -> MaskTable:

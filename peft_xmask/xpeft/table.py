@@ -81,6 +81,7 @@ class MaskTable(nn.Module, XPEFTModule):
     xpeft_bits: MutableMapping[str, Shipped]
     xpeft_gain_bits: MutableMapping[str, Shipped]
     adapter_layer_names = ("xpeft_logits", "xpeft_gain", "xpeft_bits", "xpeft_gain_bits")
+    in_features = out_features = None  # PEFT asks every tuner layer for them; the table wraps no module
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,6 +103,11 @@ class MaskTable(nn.Module, XPEFTModule):
 
     @property
     def weight(self) -> None:  # type: ignore[override]
+        """None: the table wraps no module."""
+        return None
+
+    @property
+    def bias(self) -> None:  # type: ignore[override]
         """None: the table wraps no module."""
         return None
 
@@ -132,6 +138,12 @@ class MaskTable(nn.Module, XPEFTModule):
         self.xpeft_bits[adapter_name] = Shipped(bits)
         if spec.learn_gain:
             self.xpeft_gain_bits[adapter_name] = Shipped(gain_bits)
+
+    def cast(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Hold what an adapter trains in another dtype. Its bytes stay bytes."""
+        for container in (self.xpeft_logits, self.xpeft_gain):
+            if adapter_name in container:
+                container[adapter_name].to(dtype)
 
     def is_trained(self, adapter_name: str) -> bool:
         """Whether the adapter has logits."""

@@ -93,6 +93,9 @@ def test_widths_are_exposed(method, architecture, adapted):
     assert {site.in_features, site.out_features} == set(shape)
     assert torch.equal(site.weight, site.get_base_layer().weight)
     assert method.prefix.rstrip("_") in repr(site)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):  # whatever else the method put into the model has them too
+            assert all(hasattr(module, name) for name in ("in_features", "out_features", "weight", "bias"))
 
 
 def test_a_deleted_model_is_freed(method, architecture, adapted, add):

@@ -7,6 +7,7 @@ import warnings
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainingArguments
 
 from peft_xmask import AdapterPool, BottleneckConfig, PeftXMaskWarning, XPEFTConfig, profile_size
 from peft_xmask.integrations.card import END, complete_card, complete_cards_of_peft
@@ -171,13 +172,14 @@ def test_an_adapter_in_a_folder_of_its_own_has_no_card(model, tmp_path):
     assert not (tmp_path / "other" / "README.md").exists()
 
 
-def test_the_trainers_card_comes_below(model, saved, tmp_path):
-    """The Trainer overwrites the folder's card when a training is done, then lets PEFT complete it."""
-    (saved / "README.md").write_text("---\nlibrary_name: peft\n---\n# out\n\n### Training results\n\n| Loss |\n")
-    model.create_or_update_model_card(str(saved))
-    card = ModelCard(text(saved)).text
+def test_the_trainers_card_comes_below(model, tmp_path):
+    """The Trainer overwrites the folder's card before it pushes, then lets PEFT complete it."""
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
+    trainer.save_model()
+    trainer.create_model_card(model_name="of-alice")
+    card = ModelCard(text(tmp_path)).text
     assert card.startswith("\n```python\nimport peft_xmask\n")
-    assert card.index(END) < card.index("### Training results")
+    assert card.index(END) < card.index("### Training hyperparameters")
 
 
 def test_installing_twice_wraps_once():
