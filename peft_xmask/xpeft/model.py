@@ -15,7 +15,7 @@ from ..config import SiteConfig
 from ..errors import ConfigError, FileFormatError, PoolMismatchError
 from ..layer import SiteLayer, device_of
 from ..pool import AdapterPool, PoolSlice
-from ..sites import Site
+from ..sites import Site, same_site
 from ..tuner import SiteTuner
 from .config import XPEFTConfig
 from .layer import XPEFTLayer, XPEFTSite
@@ -40,10 +40,19 @@ class XPEFTModel(SiteTuner):
         """Resolve the pool first: it knows sizes, defaults and, if it was trained, where its adapters belong."""
         pool = peft_config.resolve_pool()
         _check_pool(peft_config, pool)
-        if peft_config.target_modules is None and pool.target_modules is not None:
-            peft_config.target_modules = set(pool.target_modules)
+        self._take_targets_of_pool = peft_config.target_modules is None and pool.target_modules is not None
+        if self._take_targets_of_pool:
+            peft_config.target_modules = set(pool.target_modules or ())
         self._resolved = [pool]
         return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """A pool's sites may be named from another root: take the names they have in this model."""
+        if self._take_targets_of_pool:
+            names = [name for name, _ in model.named_modules() if name]
+            found = {name for name in names if any(same_site(name, other) for other in peft_config.target_modules)}
+            peft_config.target_modules = found or peft_config.target_modules
+        super()._prepare_model(peft_config, model)
 
     def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, XPEFTSite]:
         assert isinstance(config, XPEFTConfig)
