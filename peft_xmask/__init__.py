@@ -7,7 +7,8 @@ Importing this package makes its methods known to PEFT; from there on ``peft.get
 from ._version import __version__
 from .bottleneck import BottleneckConfig
 from .errors import PeftXMaskError, PeftXMaskWarning
-from .integrations import XPEFTCallback, export_lora
+from .integrations import RecordCallback, XPEFTCallback, export_lora, export_sparse_delta
+from .magnitude_mask import MagnitudeMaskConfig
 from .pool import AdapterPool
 from .size import ProfileSize, profile_size
 from .xpeft import XPEFTConfig
@@ -15,12 +16,15 @@ from .xpeft import XPEFTConfig
 __all__ = [
     "AdapterPool",
     "BottleneckConfig",
+    "MagnitudeMaskConfig",
     "PeftXMaskError",
     "PeftXMaskWarning",
     "ProfileSize",
+    "RecordCallback",
     "XPEFTCallback",
     "XPEFTConfig",
     "__version__",
     "export_lora",
+    "export_sparse_delta",
     "profile_size",
 ]

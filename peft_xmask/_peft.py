@@ -6,10 +6,13 @@ PEFT that is not documented API is imported from here, and a test checks that ea
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
+import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -27,6 +30,7 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "accept_rows",
     "add_member",
     "check_adapters_to_merge",
     "check_target_module_exists",
@@ -87,3 +91,21 @@ def register(name: str, config_cls: type, model_cls: type) -> bool:
         stacklevel=2,
     )
     return False
+
+
+def accept_rows() -> None:
+    """Let causal language models take ``adapter_names`` as a tensor of rows. Doing it twice is harmless.
+
+    Before each pass of such a model PEFT asks, for its activated LoRAs, whether ``adapter_names`` is empty, which a
+    tensor of several rows does not answer. Rows are of no activated LoRA.
+    """
+    asks = getattr(variants, "is_alora_relevant_in_batch", None)
+    if asks is None or hasattr(asks, "accepts_rows"):
+        return
+
+    @functools.wraps(asks)
+    def is_alora_relevant_in_batch(model: Any, adapter_names: Any = None) -> Any:
+        return asks(model, None if isinstance(adapter_names, torch.Tensor) else adapter_names)
+
+    is_alora_relevant_in_batch.accepts_rows = True  # type: ignore[attr-defined]
+    variants.is_alora_relevant_in_batch = is_alora_relevant_in_batch

@@ -245,11 +245,11 @@ class TextClassifier:
 
     def _callbacks(self, settings: TrainSettings, progress: Progress | None) -> list[TrainerCallback]:
         callbacks: list[TrainerCallback] = [] if progress is None else [_ProgressCallback(progress)]
-        if self.model.peft_config["default"].peft_type == "XPEFT":
-            from .integrations import XPEFTCallback
+        from .integrations import RecordCallback, XPEFTCallback
 
-            callbacks.append(XPEFTCallback(mask_learning_rate=settings.mask_learning_rate))
-        return callbacks
+        if self.model.peft_config["default"].peft_type == "XPEFT":
+            return [*callbacks, XPEFTCallback(mask_learning_rate=settings.mask_learning_rate)]
+        return [*callbacks, RecordCallback()]
 
 
 def load_base(

@@ -11,10 +11,12 @@ PeftXMaskError
 │   ├── BaseMismatchError  a profile of another base model
 │   ├── PoolMismatchError  a profile, or a base, of another pool
 │   └── MaskMismatchError  values of another mask
+├── StaleGraphError        a backward pass through numbers that are not there any more
 └── MissingExtraError      an optional dependency that is not installed
 ```
 
-All but the last are also ``ValueError``; the last is also ``ImportError``.
+All but the last two are also ``ValueError``; ``StaleGraphError`` is also ``RuntimeError``, the last also
+``ImportError``.
 """
 
 from __future__ import annotations
@@ -68,6 +70,10 @@ class PoolMismatchError(MismatchError):
 
 class MaskMismatchError(MismatchError):
     """Stored values belong to another magnitude mask."""
+
+
+class StaleGraphError(PeftXMaskError, RuntimeError):
+    """A backward pass needs numbers that were changed after the forward pass."""
 
 
 class MissingExtraError(PeftXMaskError, ImportError):

@@ -114,15 +114,29 @@ def gain_weight(gain: Tensor, scale: float, logit_scale: float) -> Tensor:
     return torch.log(gain / scale) / (GAIN_STEP * logit_scale)
 
 
-def pick_rows(table: Tensor, rows: int | Tensor) -> Tensor:
+def pick_rows(table: Tensor, rows: int | Tensor | None) -> Tensor:
     """Rows of a table, with a gradient that may be asked for more than once.
 
-    Shapes: ``[P, ...]`` and ``rows [R]`` give ``[R, ...]``; one whole number gives ``[1, ...]``.
+    Shapes: ``[P, ...]`` and ``rows [R]`` give ``[R, ...]``; one whole number gives ``[1, ...]``; None gives all.
     """
+    if rows is None:
+        return table
     if isinstance(rows, int):
         return table[rows : rows + 1]
     picked: Tensor = _PickRows.apply(table, rows.to(table.device))  # type: ignore[no-untyped-call]
     return picked
+
+
+def require(condition: Tensor, error: Exception) -> None:
+    """Raise an error unless a condition holds; in a graph that is being compiled, assert it when the graph runs.
+
+    Args:
+        condition: bool, one element.
+    """
+    if torch.compiler.is_compiling():
+        torch._assert_async(condition, str(error))
+    elif not condition:
+        raise error
 
 
 def select_top_k(logits: Tensor, top_k: int) -> Tensor:
@@ -162,7 +176,8 @@ def adapt(x: Tensor, pair: AdapterPair, *, activation: str, layer_norm: bool, dr
     ``norm`` is a LayerNorm of width b without weights when ``layer_norm`` is true, else nothing; ``drop`` zeroes inputs
     of the up-projection with probability ``dropout``.
 
-    Shapes: ``[..., d_in] -> [..., d_out]``; with batched pairs ``[B, ..., d_in] -> [B, ..., d_out]``.
+    Shapes: ``[..., d_in] -> [..., d_out]``; with a pair for each example ``[B, ..., d_in] -> [B, ..., d_out]``, or with
+    R pairs for R runs of B / R examples each (the beams of a prompt).
     """
     hidden = _affine(x, pair.down, pair.down_bias)
     if layer_norm:
@@ -176,7 +191,7 @@ def adapt(x: Tensor, pair: AdapterPair, *, activation: str, layer_norm: bool, dr
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if weight.dim() == 2:
         return F.linear(x, weight, bias)
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
+    rows = x.reshape(weight.shape[0], -1, x.shape[-1])
     out = torch.bmm(rows, weight.transpose(1, 2))
     if bias is not None:
         out = out + bias.unsqueeze(1)

@@ -148,8 +148,11 @@ class SiteLayer(nn.Module, BaseTunerLayer):
     def why_not_mergeable(self, adapter_names: list[str]) -> str | None:
         """Why these adapters cannot be merged into this module's weight, or None if they can."""
         base = self.get_base_layer()
-        if not isinstance(base, (nn.Linear, Conv1D)) or not base.weight.is_floating_point():
-            return f"its weight is quantised ({type(base).__name__}): merging would round it. Use the adapter unmerged."
+        if kind := self._not_plain():
+            return (
+                f"its weight is quantised or sharded ({kind}): merging would round it, or change a part of it. Use the "
+                "adapter unmerged."
+            )
         for name in adapter_names:
             if self.form(name) is None:
                 continue
@@ -158,6 +161,14 @@ class SiteLayer(nn.Module, BaseTunerLayer):
             if base.bias is None and self.linear_change(name)[2] is not None:
                 return f"adapter '{name}' has biases and the module has none to add them to. Use the adapter unmerged."
         return None
+
+    def _not_plain(self) -> str | None:
+        """The kind of weight of a module whose weight is not a tensor of plain numbers, else None."""
+        base = self.get_base_layer()
+        if not isinstance(base, (nn.Linear, Conv1D)):
+            return type(base).__name__
+        plain = type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
+        return None if plain else type(base.weight).__name__
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add linear adapters to the module's weight: ``W + up down`` (parallel) or ``W + up down W`` (sequential).
@@ -180,8 +191,11 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         original = self._before_merge or (weight, bias)
         for name in names:
             weight, bias = self._merged(name, weight, bias)
-        if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-            raise MergeError(f"NaNs detected in the merged weights. The adapter(s) {names} seem to be broken.")
+            if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+                raise MergeError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken. This module was left "
+                    "as it was; load or train the adapter again."
+                )
         self._before_merge = original
         self._put_back(weight, bias)
         self.merged_adapters.extend(names)
@@ -215,6 +229,11 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         assert form is not None
         down, up, inner = pair.down.detach(), pair.up.detach(), pair.down_bias
         if form.insertion_form == "sequential":
+            if kind := self._not_plain():
+                raise MergeError(
+                    f"Adapter '{name}' reads the output of a module whose weight is quantised or sharded ({kind}), and "
+                    'cannot be written as a map of its input. Use insertion_form="parallel", or the adapter as it is.'
+                )
             weight, bias = self._before_merge or self._weight_and_bias()
             inner = _sum(inner, None if bias is None else down @ bias.to(down.dtype))
             down = down @ (weight.T if isinstance(self.get_base_layer(), Conv1D) else weight).to(down.dtype)

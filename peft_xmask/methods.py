@@ -7,11 +7,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from .bottleneck import BottleneckConfig
 from .errors import ConfigError
+from .magnitude_mask import MagnitudeMaskConfig
 from .pool import AdapterPool
 from .xpeft import XPEFTConfig
 
-METHODS = ("xpeft", "bottleneck", "lora", "head")
-LEARNING_RATES = {"xpeft": 1e-2, "bottleneck": 3e-3, "lora": 3e-3, "head": 3e-2}
+METHODS = ("xpeft", "bottleneck", "magnitude-mask", "lora", "head")
+LEARNING_RATES = {"xpeft": 1e-2, "bottleneck": 3e-3, "magnitude-mask": 3e-3, "lora": 3e-3, "head": 3e-2}
 """Default learning rate of each method; X-PEFT's masks have another. docs/demo.md says how they were chosen."""
 HEAD_LEARNING_RATE = 3e-2
 """Default learning rate of the head, with every method."""
@@ -27,6 +28,7 @@ def method_config(
     mask_type: str = "hard",
     top_k: int | None = None,
     lora_rank: int = 8,
+    density: float = 0.005,
 ) -> PeftConfig:
     """PEFT config of a method by its name, for sequence classification; every other field at its default.
 
@@ -47,6 +49,8 @@ def method_config(
         )
     if method == "bottleneck":
         return BottleneckConfig(task_type="SEQ_CLS", bottleneck_size=bottleneck_size)
+    if method == "magnitude-mask":
+        return MagnitudeMaskConfig(task_type="SEQ_CLS", density=density)
     if method == "lora":
         return LoraConfig(task_type="SEQ_CLS", r=lora_rank, lora_alpha=2 * lora_rank)
     if method == "head":

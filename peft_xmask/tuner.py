@@ -1,14 +1,14 @@
-"""What our tuners share: finding sites, checking the base, putting layers in, rolling back."""
+"""What our tuners share: finding targets, checking the base, putting layers in, leaving the model alone on errors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._peft import (
     AuxiliaryTrainingWrapper,
@@ -17,7 +17,7 @@ from ._peft import (
     check_target_module_exists,
     include_all_linear_layers,
 )
-from .config import SiteConfig
+from .config import SiteConfig, TargetConfig
 from .errors import BaseMismatchError, ConfigError, MergeError, TargetError
 from .fingerprint import fingerprint_weights
 from .layer import SiteLayer, module_widths
@@ -27,15 +27,14 @@ from .targets import FFN_OUTPUT
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
-class SiteTuner(BaseTuner):
-    """Base of the tuners that put an adapter on sites.
+class TargetTuner(BaseTuner):
+    """Base of our tuners: wraps the modules that a config targets.
 
-    A subclass names its ``prefix``, its ``tuner_layer_cls`` (what PEFT's walks visit), its ``site_layer_cls`` (what is
-    put in place of a module), and implements :meth:`_prepare_sites` and :meth:`_add_to_layer`.
+    A subclass names its ``prefix``, its ``tuner_layer_cls`` (what PEFT's walks visit), its ``layer_cls`` (what is put
+    in place of a module), and implements :meth:`_prepare_targets` and :meth:`_add_to_layer`.
     """
 
-    site_layer_cls: type[SiteLayer]
-    target_module_mapping: Any = FFN_OUTPUT
+    layer_cls: type[Any]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, or leave the model as it was.
@@ -56,47 +55,28 @@ class SiteTuner(BaseTuner):
         finally:
             self._parts = {}
 
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
-            raise TargetError(
-                f"No default target_modules for the architecture {model_config.get('model_type')!r}. Pass "
-                "target_modules, the names of the modules to adapt (usually the last linear layer of each feed-forward "
-                f"network). Architectures with a default: {', '.join(sorted(self.target_module_mapping))}."
-            )
-        return super()._prepare_adapter_config(peft_config, model_config)
-
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Find the sites and check everything before the first module is replaced."""
+        """Find the targets and check everything before the first module is replaced."""
         include_all_linear_layers(peft_config, model)
-        found = self._find_sites(peft_config, model)
+        found = self._find_targets(peft_config, model)
         if found:  # PEFT has its own words for targets that match nothing
-            self._check_base(peft_config, [layer for _, layer in found])
-            self._parts = self._prepare_sites(peft_config, model, [site for site, _ in found])
+            self._parts = self._prepare_targets(peft_config, model, found)
 
-    def _find_sites(self, config: SiteConfig, model: nn.Module) -> list[tuple[Site, nn.Module]]:
+    def _find_targets(self, config: TargetConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Names of the targeted modules and the base modules there, in the model's order."""
         inside: tuple[str, ...] = ()
         found = []
         for name, module in model.named_modules():
             if not name or name.startswith(inside or ("\0",)):
                 continue
             if isinstance(module, BaseTunerLayer):
-                inside += (f"{name}.",)
-            if not self._check_target_module_exists(config, name):
-                continue
-            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            widths = module_widths(layer)
-            if widths is None:
-                raise TargetError(
-                    f"Module '{name}' is a {type(layer).__name__}, which cannot carry an adapter; expected a linear "
-                    "layer (nn.Linear, transformers' Conv1D, or a quantised linear). Change target_modules or "
-                    "exclude_modules."
-                )
-            reads = widths[0] if config.insertion_form == "parallel" else widths[1]
-            found.append((Site(name, reads, widths[1]), layer))
+                inside = (*inside, f"{name}.")
+            if self._check_target_module_exists(config, name):
+                found.append((name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module))
         return found
 
-    def _check_base(self, config: SiteConfig, layers: list[nn.Module]) -> None:
-        found = fingerprint_weights(getattr(layer, "weight", None) for layer in layers)
+    def _check_base(self, config: TargetConfig, weights: Iterable[Tensor | None]) -> None:
+        found = fingerprint_weights(weights)
         expected = config.expected_base_fingerprint
         if expected is not None and found is not None and expected != found:
             raise BaseMismatchError(
@@ -109,11 +89,11 @@ class SiteTuner(BaseTuner):
             )
         config.base_fingerprint = found or expected
 
-    def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, Any]:
-        """Check everything, and say what each site gets, by its name. Raises before anything is changed."""
+    def _prepare_targets(self, config: Any, model: nn.Module, found: list[tuple[str, nn.Module]]) -> dict[str, Any]:
+        """Check everything, and say what each target gets, by its name. Raises before anything is changed."""
         raise NotImplementedError
 
-    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, part: Any) -> None:
+    def _add_to_layer(self, layer: Any, config: Any, adapter_name: str, part: Any) -> None:
         """Give a layer its part of the adapter."""
         raise NotImplementedError
 
@@ -138,21 +118,20 @@ class SiteTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, self.site_layer_cls):
+        if isinstance(target, self.layer_cls):
             self._add_to_layer(target, peft_config, adapter_name, self._parts[current_key])
             return
-        layer = self.site_layer_cls(target)
+        layer = self.layer_cls(target)
         self._add_to_layer(layer, peft_config, adapter_name, self._parts[current_key])
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _check_merge_allowed(self) -> None:
-        """Refuse a merge that could not be exact, before any weight is touched."""
-        super()._check_merge_allowed()
-        for name, module in self.model.named_modules():
-            if isinstance(module, SiteLayer) and (reason := module.why_not_mergeable(self.active_adapters)):
-                raise MergeError(f"Cannot merge into '{name}': {reason}")
+    def unload(self) -> nn.Module:
+        """The base model alone, bit for bit. What was merged is taken out first; ``merge_and_unload`` keeps it."""
+        self.unmerge_adapter()
+        model: nn.Module = super().unload()
+        return model
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -168,11 +147,12 @@ class SiteTuner(BaseTuner):
         encoder_modules = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else ()
         decoder_only = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         for module in self.modules():
-            if isinstance(module, (SiteLayer, AuxiliaryTrainingWrapper)):
+            if isinstance(module, (self.layer_cls, AuxiliaryTrainingWrapper)):
                 repeat = 1 if module in encoder_modules and not decoder_only else beams
-                repeated = [name for name in names for _ in range(repeat)]
-                hook = partial(_pass_adapter_names, adapter_names=repeated)
+                hook = partial(_pass_adapter_names, adapter_names=_repeated(names, repeat))
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        check = partial(_check_batch, names=len(names), beams=beams)
+        handles.append(self.model.register_forward_pre_hook(check, with_kwargs=True))
         try:
             yield
         finally:
@@ -201,10 +181,80 @@ class SiteTuner(BaseTuner):
             )
 
 
+class SiteTuner(TargetTuner):
+    """Base of the tuners that put an adapter on sites: it reads the activations of a linear module.
+
+    A subclass implements :meth:`_prepare_sites` and :meth:`_add_to_layer`; its ``layer_cls`` is a
+    :class:`~peft_xmask.layer.SiteLayer`.
+    """
+
+    layer_cls: type[SiteLayer]
+    target_module_mapping: Any = FFN_OUTPUT
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
+            raise TargetError(
+                f"No default target_modules for the architecture {model_config.get('model_type')!r}. Pass "
+                "target_modules, the names of the modules to adapt (usually the last linear layer of each feed-forward "
+                f"network). Architectures with a default: {', '.join(sorted(self.target_module_mapping))}."
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_targets(
+        self, config: SiteConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
+    ) -> dict[str, Any]:
+        sites = [_site(config, name, layer) for name, layer in found]
+        self._check_base(config, (getattr(layer, "weight", None) for _, layer in found))
+        return self._prepare_sites(config, model, sites)
+
+    def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, Any]:
+        """Check everything, and say what each site gets, by its name. Raises before anything is changed."""
+        raise NotImplementedError
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse a merge that could not be exact, before any weight is touched."""
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, SiteLayer) and (reason := module.why_not_mergeable(self.active_adapters)):
+                raise MergeError(f"Cannot merge into '{name}': {reason}")
+
+
+def _site(config: SiteConfig, name: str, layer: nn.Module) -> Site:
+    widths = module_widths(layer)
+    if widths is None:
+        raise TargetError(
+            f"Module '{name}' is a {type(layer).__name__}, which cannot carry an adapter; expected a linear layer "
+            "(nn.Linear, transformers' Conv1D, or a quantised linear). Change target_modules or exclude_modules."
+        )
+    return Site(name, widths[0] if config.insertion_form == "parallel" else widths[1], widths[1])
+
+
 def _pass_adapter_names(
     _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Some models (OPT) give a module all tokens of the batch as one list: then a name stands for each token."""
+    x = args[0] if args else None
+    if isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] % len(adapter_names) == 0:
+        adapter_names = _repeated(adapter_names, x.shape[0] // len(adapter_names))
     return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _check_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: int, beams: int) -> None:
+    """Forward pre-hook of the base model: refuse ``adapter_names`` that are not one for each example.
+
+    Raises:
+        ConfigError: no input has ``names * beams`` examples.
+    """
+    sizes = [x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
+    if sizes and not any(size == names * beams for size in sizes):
+        raise ConfigError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and "
+            f"{sizes[0] // beams} respectively."
+        )
+
+
+def _repeated(names: list[str], times: int) -> list[str]:
+    return [name for name in names for _ in range(times)]
 
 
 def _layer_index(name: str, patterns: str | list[str] | None) -> int | None:

@@ -23,11 +23,13 @@ class BottleneckLayer(SiteLayer):
 
     bottleneck_adapter_down: MutableMapping[str, nn.Linear]
     bottleneck_adapter_up: MutableMapping[str, nn.Linear]
+    bottleneck_adapter_dropout: MutableMapping[str, nn.Dropout]
     adapter_layer_names = ("bottleneck_adapter_down", "bottleneck_adapter_up")
+    other_param_names = ("bottleneck_adapter_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        for name in self.adapter_layer_names:
+        for name in (*self.adapter_layer_names, *self.other_param_names):
             self.add_module(name, nn.ModuleDict())
         self._configs: dict[str, BottleneckConfig] = {}
 
@@ -44,6 +46,7 @@ class BottleneckLayer(SiteLayer):
             nn.init.zeros_(projection.bias)
         self.bottleneck_adapter_down[adapter_name] = down
         self.bottleneck_adapter_up[adapter_name] = up
+        self.bottleneck_adapter_dropout[adapter_name] = nn.Dropout(config.dropout)
         self._configs[adapter_name] = config
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -62,8 +65,9 @@ class BottleneckLayer(SiteLayer):
         return AdapterPair(down.weight, weight, down.bias, bias)
 
     def dropout(self, adapter_name: str) -> float:
-        """The configured dropout in training, else 0."""
-        return self._configs[adapter_name].dropout if self.training else 0.0
+        """The configured dropout in training, else 0. It is held in a module, where trl finds it to switch it off."""
+        module = self.bottleneck_adapter_dropout[adapter_name]
+        return module.p if module.training else 0.0
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""

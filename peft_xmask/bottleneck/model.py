@@ -18,7 +18,7 @@ class BottleneckModel(SiteTuner):
 
     prefix = "bottleneck_adapter_"
     tuner_layer_cls = BottleneckLayer
-    site_layer_cls = BottleneckLayer
+    layer_cls = BottleneckLayer
 
     def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, Site]:
         return {site.name: site for site in sites}

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _SHOWN_FIELDS = (
     "task_type", "num_profiles", "num_adapters", "bottleneck_size", "mask_type", "top_k", "pool", "pool_seed", "r",
-    "lora_alpha", "target_modules", "modules_to_save",
+    "lora_alpha", "density", "selection", "scope", "include_bias", "storage_dtype", "mask_fingerprint", "mask_dtype",
+    "target_modules", "modules_to_save",
 )  # fmt: skip
 
 

@@ -23,6 +23,7 @@ class Method(str, Enum):
 
     xpeft = "xpeft"
     bottleneck = "bottleneck"
+    magnitude_mask = "magnitude-mask"
     lora = "lora"
     head = "head"
 
@@ -71,6 +72,7 @@ def train(
     top_k: Annotated[int | None, typer.Option(help="Adapters in a hard mask. Default: half of them.")] = None,
     mask_type: Annotated[MaskType, typer.Option(help="Kind of mask.")] = MaskType.hard,
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
+    density: Annotated[float, typer.Option(help="Share of the weights that a magnitude mask trains.")] = 0.005,
     seed: Annotated[int, typer.Option(help="Of the head, the order of the data and dropout.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints in OUT/checkpoints; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
@@ -98,6 +100,7 @@ def train(
         mask_type=mask_type.value,
         top_k=top_k,
         lora_rank=lora_rank,
+        density=density,
     )
     rows = read_rows(data, text, label, split)
     label_names = label_names_of(rows)

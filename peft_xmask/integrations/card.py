@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from peft import PeftModel
 
 from .._version import __version__
-from ..config import SiteConfig
+from ..config import SiteConfig, TargetConfig
 from ..errors import PeftXMaskWarning
 from ..files import write_text
 from ..pool import AdapterPool
@@ -42,30 +42,30 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-TAGS = {"XPEFT": "x-peft", "BOTTLENECK_ADAPTER": "bottleneck-adapter"}
+TAGS = {"XPEFT": "x-peft", "BOTTLENECK_ADAPTER": "bottleneck-adapter", "MAGNITUDE_MASK": "magnitude-mask"}
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 _HEAD = re.compile(r"(^|\.)(classifier|score|classifier\.out_proj)\.weight$")
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _GENERATED = re.compile(r"\s*|### Framework versions|- PEFT \S+|.*model card has been automatically generated\.")
 
 
-def complete_card(folder: Path, config: SiteConfig, adapter_id: str | None = None) -> None:
-    """Bring the model card of an adapter folder up to date; do nothing where the adapter's files or a card are missing.
+def complete_card(folder: Path, config: TargetConfig, adapter_id: str | None = None) -> None:
+    """Bring the model card of an adapter folder up to date, or write it; nothing where there is no adapter.
 
     After the metadata come how to load the adapter, what it is and its sizes. What a user wrote stays; an untouched
     template of PEFT or transformers goes. Saving never fails for the card's sake: what goes wrong is a
     :class:`~peft_xmask.PeftXMaskWarning`, and the card is then left as it was.
 
     Args:
-        folder: with ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``.
+        folder: with ``adapter_model.safetensors`` and ``adapter_config.json``.
         config: of the adapter.
         adapter_id: under which others will find it; None: not known.
     """
     path = folder / CARD_FILE
-    if not all((folder / name).is_file() for name in (CARD_FILE, ADAPTER_FILE, CONFIG_FILE)):
+    if not all((folder / name).is_file() for name in (ADAPTER_FILE, CONFIG_FILE)):
         return
     try:
-        card = ModelCard(path.read_text(encoding="utf-8-sig"))
+        card = ModelCard(path.read_text(encoding="utf-8-sig") if path.is_file() else "")
         section = "\n".join([*_how_to_load(folder, config, adapter_id), "", *_table(folder, config), "", END])
         _complete_metadata(card.data, config)
         card.text = _with_section(card.text, section)
@@ -114,9 +114,9 @@ def _completing_before(upload: Any) -> Any:
 
 
 def _complete_default(model: PeftModel, folder: str, adapter_id: str | None) -> None:
-    """Only the adapter called "default" lies beside the card; others lie in folders of their own."""
+    """Only the adapter called "default" lies beside PEFT's card; others have folders, and cards, of their own."""
     config = model.peft_config.get("default")
-    if isinstance(config, SiteConfig):
+    if isinstance(config, TargetConfig):
         complete_card(Path(folder), config, adapter_id)
 
 
@@ -143,7 +143,7 @@ def _template_lines() -> frozenset[str]:
     return frozenset(line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines())
 
 
-def _complete_metadata(data: Any, config: SiteConfig) -> None:
+def _complete_metadata(data: Any, config: TargetConfig) -> None:
     """Set the library, method and base model; the Hub refuses a card whose base model is a folder of this machine."""
     data["library_name"] = "peft"
     bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
@@ -154,7 +154,7 @@ def _complete_metadata(data: Any, config: SiteConfig) -> None:
     data["tags"] = sorted({*kept, "peft", TAGS.get(_method(config), "adapter")})
 
 
-def _how_to_load(folder: Path, config: SiteConfig, adapter_id: str | None) -> list[str]:
+def _how_to_load(folder: Path, config: TargetConfig, adapter_id: str | None) -> list[str]:
     facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     base = _hub_id(config.base_model_name_or_path) or "path-or-hub-id-of-the-base-model"
     adapter = adapter_id or "path-or-hub-id-of-this-adapter"
@@ -186,10 +186,10 @@ def _number_of_labels(folder: Path, facts: dict[str, Any]) -> int | None:
     return rows[0] if len(rows) == 1 else None
 
 
-def _table(folder: Path, config: SiteConfig) -> list[str]:
+def _table(folder: Path, config: TargetConfig) -> list[str]:
     size = folder_size(folder, pool_bytes=0)
     rows: list[tuple[str, object]] = [
-        ("method", f"{_method(config)}: {config.activation}, {config.insertion_form}"),
+        ("method", _method(config) + _form(config)),
         ("base model", _shown(config.base_model_name_or_path)),
         ("base fingerprint", f"`{config.base_fingerprint}`"),
     ]
@@ -203,7 +203,7 @@ def _table(folder: Path, config: SiteConfig) -> list[str]:
             ("profiles", size.num_profiles),
         ]
     else:
-        rows.append(("bottleneck size", getattr(config, "bottleneck_size", None)))
+        rows += config.card_facts()
     rows += [
         ("masks and gains" if isinstance(config, XPEFTConfig) else "adapter weights", _bytes(size.payload_bytes)),
         ("modules saved whole, such as a head", _bytes(size.head_bytes)),
@@ -211,12 +211,33 @@ def _table(folder: Path, config: SiteConfig) -> list[str]:
     ]
     if isinstance(config, XPEFTConfig):
         rows.append(("pool, once for all profiles", _bytes(_pool_bytes(config))))
+    rows.append(("trained", _training(config.training)))
     rows.append(("made with", f"peft_xmask {__version__}, PEFT {peft.__version__}"))
     return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
 
 
-def _method(config: SiteConfig) -> str:
+def _method(config: TargetConfig) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _form(config: TargetConfig) -> str:
+    return f": {config.activation}, {config.insertion_form}" if isinstance(config, SiteConfig) else ""
+
+
+def _training(facts: dict[str, Any] | None) -> str:
+    """How it was trained, in a line."""
+    if facts is None:
+        return "not recorded; `peft_xmask.RecordCallback` in the Trainer does so"
+    said = dict(facts)
+    counts = [(said.pop(name, None), unit) for name, unit in (("steps", "steps"), ("epochs", "epochs"))]
+    parts = [f"{count:,} {unit}" for count, unit in counts if count is not None]
+    if (size := said.pop("batch_size", None)) is not None:
+        parts.append(f"{size:,} examples a step")
+    return ", ".join([*parts, *(f"{name.replace('_', ' ')} {_number(value)}" for name, value in said.items())])
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _bytes(number: int | None) -> str:

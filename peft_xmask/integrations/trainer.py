@@ -10,24 +10,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..errors import ConfigError, FileFormatError, PeftXMaskWarning
 from ..files import read_tensors, write_tensors
 from ..functional import select_top_k
+from ..sharding import gathered, sharded_as
 from ..xpeft.model import find_table
 from ..xpeft.table import MaskTable
+from .record import RecordCallback
 
 STATE_FILE = "xpeft_training_state.safetensors"
 """Beside each checkpoint: per adapter ``<name>.logits [P, 2*S*N]`` and ``<name>.gain [P, S]``, float32."""
 
 
-class XPEFTCallback(TrainerCallback):
+class XPEFTCallback(RecordCallback):
     """Gives masks their own learning rate, anneals their temperature, logs them, and makes a resumed run exact.
 
     A profile's file holds bits, which are enough to serve and not enough to go on training. This callback writes the
     logits beside each checkpoint and puts them back on ``resume_from_checkpoint``, so that an interrupted run ends with
     the very weights of an uninterrupted one.
+
+    As its base class does, it notes in the config how the adapter is trained.
 
     Logged, beside the loss: ``mask_entropy`` (of the softmax over the N adapters, 1 = uniform), ``mask_churn`` (share
     of the chosen adapters that were not chosen at the last log) and ``mask_gain`` (mean gain, where it is learnt).
@@ -66,6 +70,7 @@ class XPEFTCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Set the masks' learning rate; on a resume, put the logits back first."""
+        super().on_train_begin(args, state, control, **kwargs)
         table = find_table(kwargs["model"])
         if state.global_step > 0:
             self._restore(table, args, state.global_step)
@@ -87,30 +92,37 @@ class XPEFTCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add mask statistics to what is logged."""
+        super().on_log(args, state, control, **kwargs)
         logs = kwargs.get("logs")
         if logs is None or "loss" not in logs:
             return
         table = find_table(kwargs["model"])
-        for name in trained_adapters(table):
+        names = trained_adapters(table)
+        for name in names:
             found = self._statistics(table, name)
-            suffix = "" if len(table.xpeft_logits) == 1 else f"/{name}"
+            suffix = "" if len(names) == 1 else f"/{name}"
             logs.update({f"{key}{suffix}": value for key, value in found.items()})
         if state.log_history and "loss" in state.log_history[-1]:
             state.log_history[-1].update({key: value for key, value in logs.items() if key.startswith("mask_")})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the logits beside the checkpoint."""
-        if not state.is_world_process_zero:
-            return
         table = find_table(kwargs["model"])
         tensors, notes = {}, {}
         for name in trained_adapters(table):
-            tensors[f"{name}.logits"] = table.xpeft_logits[name].weight
+            tensors[f"{name}.logits"] = gathered(table.xpeft_logits[name].weight)
             if name in table.xpeft_gain:
-                tensors[f"{name}.gain"] = table.xpeft_gain[name].weight
+                tensors[f"{name}.gain"] = gathered(table.xpeft_gain[name].weight)
             notes[name] = {"logit_scale": table.logit_scale[name], "temperature": table.temperature[name]}
+        if not args.should_save:  # as the Trainer's own files: by one process, though all have gathered
+            return
         metadata = {"global_step": str(state.global_step), "adapters": json.dumps(notes)}
         write_tensors(_checkpoint(args, state.global_step) / STATE_FILE, tensors, metadata)
+
+    def facts(self) -> dict[str, Any]:
+        """The masks' learning rate and temperatures, where they are set here."""
+        facts = {"mask_learning_rate": self.mask_learning_rate, "temperature": self.temperature}
+        return {name: value for name, value in facts.items() if value is not None}
 
     def _restore(self, table: MaskTable, args: TrainingArguments, step: int) -> None:
         folders = [self.resume_from, getattr(args, "resume_from_checkpoint", None), _checkpoint(args, step)]
@@ -133,7 +145,7 @@ class XPEFTCallback(TrainerCallback):
     def _statistics(self, table: MaskTable, name: str) -> dict[str, float]:
         spec = table.specs[name]
         with torch.no_grad():
-            logits = table.xpeft_logits[name].weight.float().unflatten(1, spec.logits_shape[1:])
+            logits = gathered(table.xpeft_logits[name].weight).float().unflatten(1, spec.logits_shape[1:])
             soft = torch.softmax(logits * (table.logit_scale[name] / table.temperature[name]), dim=-1)
             entropy = -(soft * soft.clamp_min(1e-30).log()).sum(-1).mean() / max(math.log(spec.num_adapters), 1e-30)
             found = {"mask_entropy": round(float(entropy), 4)}
@@ -176,7 +188,7 @@ def _put_back(table: MaskTable, tensors: dict[str, Tensor], metadata: dict[str, 
         with torch.no_grad():
             for weight, stored in pairs:
                 assert stored is not None
-                weight.copy_(stored)
+                weight.copy_(sharded_as(weight, stored))
         table.logit_scale[name] = notes[name]["logit_scale"]
         table.temperature[name] = notes[name]["temperature"]
         table.rebuilt.discard(name)

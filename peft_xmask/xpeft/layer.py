@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import AdapterPair, mix
 from ..layer import AdapterForm, SiteLayer, device_of
 from ..pool import PoolSlice
-from .table import MaskTable, Mixing, XPEFTModule
+from .mixing import Mixing
+from .state import XPEFTModule
+from .table import MaskTable
 
 
 class XPEFTSite(nn.Module):
@@ -33,7 +36,8 @@ class XPEFTSite(nn.Module):
 
         Shapes: those of :class:`~peft_xmask.functional.AdapterPair`, with a batch dimension if the mixing has rows.
         """
-        if self._baked is not None and self._baked[0] is mixing and self._baked[1] is self.pool.down:
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._baked is not None and self._baked[0] is mixing and self._baked[1] is self.pool.down:
             return self._baked[2]
         down_mask = mixing.mask[:, 0, self.index]
         up_mask = mixing.mask[:, 1, self.index] * mixing.gain[:, self.index, None]
@@ -43,7 +47,8 @@ class XPEFTSite(nn.Module):
             down_bias=None if self.pool.down_bias is None else mixing.spread(mix(down_mask, self.pool.down_bias)),
             up_bias=None if self.pool.up_bias is None else mixing.spread(mix(up_mask, self.pool.up_bias)),
         )
-        self._baked = None if pair.down.requires_grad else (mixing, self.pool.down, pair)
+        if not compiling:
+            self._baked = None if pair.down.requires_grad else (mixing, self.pool.down, pair)
         return pair
 
 

@@ -10,9 +10,10 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from .._peft import register
+from .._peft import accept_rows, register
 from ..config import SiteConfig
 from ..errors import ConfigError, FileFormatError, PoolMismatchError
+from ..functional import require
 from ..layer import SiteLayer, device_of
 from ..pool import AdapterPool, PoolSlice
 from ..sites import Site, same_site
@@ -20,7 +21,8 @@ from ..tuner import SiteTuner
 from .config import XPEFTConfig
 from .layer import XPEFTLayer, XPEFTSite
 from .spec import MaskSpec
-from .table import MaskTable, XPEFTModule, begin_forward
+from .state import XPEFTModule
+from .table import MaskTable, begin_forward, end_forward
 
 TABLE = "mask_table"
 """Attribute of the base model's root that holds the table."""
@@ -34,7 +36,7 @@ class XPEFTModel(SiteTuner):
 
     prefix = "xpeft_"
     tuner_layer_cls = XPEFTModule
-    site_layer_cls = XPEFTLayer
+    layer_cls = XPEFTLayer
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """Resolve the pool first: it knows sizes, defaults and, if it was trained, where its adapters belong."""
@@ -84,7 +86,10 @@ class XPEFTModel(SiteTuner):
             table = MaskTable()
             table.train(self.model.training)
             setattr(self.model, TABLE, table)
-            table.hook = self.model.register_forward_pre_hook(begin_forward)
+            table.hooks = [
+                self.model.register_forward_pre_hook(begin_forward, with_kwargs=True),
+                self.model.register_forward_hook(end_forward, always_call=True),
+            ]
         assert config.top_k is not None
         assert config.scale is not None
         assert config.mask_norm is not None
@@ -107,6 +112,9 @@ class XPEFTModel(SiteTuner):
             temperature=config.temperature,
             noise=config.gumbel_noise,
         )
+        for name, other in self.peft_config.items():
+            if other is config and name != adapter_name:  # trl's reference, for which it copies parameters only
+                self.table.copy_bytes(name, adapter_name)
         device = device_of(first.get_base_layer())
         if device is not None and device.type != "cpu":
             self.table.to(device)
@@ -119,6 +127,12 @@ class XPEFTModel(SiteTuner):
         """The mask table of the model."""
         table: MaskTable = getattr(self.model, TABLE)
         return table
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The pool, named as in a PeftModel: each process has made or loaded it, so DDP need not send it every pass."""
+        names = [name for name, _ in self.named_buffers(remove_duplicate=False)]
+        return [f"base_model.{name}" for name in names if ".xpeft_sites." in name]
 
     def set_profile(self, row: int, adapter_name: str | None = None) -> None:
         """Choose which of an adapter's profiles serves from now on. O(1): no module is visited.
@@ -136,27 +150,27 @@ class XPEFTModel(SiteTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """``adapter_names`` may be a LongTensor, one row of the active adapter for each example; in training too."""
+        """``adapter_names`` may be rows of the active adapter, one for each example; in training too.
+
+        A LongTensor or a list of whole numbers; with ``num_beams`` one for each prompt.
+        """
         rows = kwargs.get("adapter_names")
+        if isinstance(rows, (list, tuple)) and rows and all(isinstance(row, int) for row in rows):
+            rows = torch.tensor(rows)
         if not isinstance(rows, Tensor):
             self.table.set_batch_rows(None)
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
         self._refuse_merged()
-        count = self.table.specs[self.active_adapters[0]].num_profiles
-        if rows.dtype != torch.long or rows.dim() != 1 or bool(((rows < 0) | (rows >= count)).any()):
-            raise ConfigError(
-                f"Expected adapter_names as a LongTensor of rows from 0 to {count - 1}, one for each example; found "
-                f"{rows.dtype} of shape {tuple(rows.shape)}, values {rows.flatten()[:8].tolist()}."
-            )
-        self.table.set_batch_rows(rows)
+        _check_rows(rows, self.table.specs[self.active_adapters[0]].num_profiles)
+        self.table.set_batch_rows(rows, beams=kwargs.get("num_beams") or 1)
         yield
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
-        if self.table.hook is not None:
-            self.table.hook.remove()
+        for hook in self.table.hooks:
+            hook.remove()
         delattr(model, TABLE)
         return model
 
@@ -227,6 +241,17 @@ def find_table(model: nn.Module) -> MaskTable:
     raise ConfigError(f"Expected a model with an X-PEFT adapter, found a {type(model).__name__} without one.")
 
 
+def _check_rows(rows: Tensor, count: int) -> None:
+    expected = f"Expected adapter_names as a LongTensor of rows from 0 to {count - 1}, one for each example"
+    if rows.dtype != torch.long or rows.dim() != 1:
+        raise ConfigError(f"{expected}; found {rows.dtype} of shape {tuple(rows.shape)}.")
+    known = ((rows >= 0) & (rows < count)).all()
+    if torch.compiler.is_compiling():
+        require(known, ConfigError(f"{expected}; found another row."))
+    elif not known:
+        raise ConfigError(f"{expected}; found {rows[:8].tolist()}.")
+
+
 def _key_of(state_dict: dict[str, Tensor], part: str) -> str | None:
     return next((key for key in state_dict if key.endswith(f"{TABLE}.{part}.weight")), None)
 
@@ -261,3 +286,4 @@ def _check_pool(config: XPEFTConfig, pool: AdapterPool) -> None:
 
 
 register("xpeft", XPEFTConfig, XPEFTModel)
+accept_rows()

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..errors import MaskFormatError
-from ..packing import check_bits, packed_size, unpack_halves
+from ..functional import require
+from ..packing import check_bits, packed_size, unpack_bits, unpack_halves
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,34 @@ class MaskSpec:
         Raises:
             MaskFormatError: another shape or dtype, masks that are not exactly k of N, numbers that are not finite.
         """
+        self._check_shapes(bits, gain_bits)
+        if self.mask_type == "hard":
+            check_bits(bits, self.num_adapters, self.top_k)
+        elif not unpack_halves(bits).isfinite().all():
+            raise MaskFormatError("Expected finite logits in a soft mask, found NaN or infinity. The file is damaged.")
+        if gain_bits is not None and not unpack_halves(gain_bits).isfinite().all():
+            raise MaskFormatError("Expected finite gains, found NaN or infinity. The file is damaged.")
+
+    def check_in_graph(self, bits: Tensor, gain_bits: Tensor | None) -> None:
+        """As :meth:`check`, for ``torch.compile``: values are asserted when the graph runs.
+
+        Raises:
+            MaskFormatError: another shape or dtype.
+            RuntimeError: when the graph runs, for bytes that are no masks.
+        """
+        self._check_shapes(bits, gain_bits)
+        if self.mask_type == "hard":
+            ones = unpack_bits(bits, bits.shape[-1] * 8)
+            sound = (ones.sum(-1) == self.top_k).all() & ~ones[..., self.num_adapters :].any()
+        else:
+            sound = unpack_halves(bits).isfinite().all()
+        if gain_bits is not None:
+            sound = sound & unpack_halves(gain_bits).isfinite().all()
+        require(
+            sound, MaskFormatError("The bytes of an adapter's masks are not masks of its kind: its file is damaged.")
+        )
+
+    def _check_shapes(self, bits: Tensor, gain_bits: Tensor | None) -> None:
         for name, found, shape in (("bits", bits, self.bits_shape), ("gain_bits", gain_bits, self.gain_shape)):
             if found is None:
                 continue
@@ -59,9 +88,3 @@ class MaskSpec:
                     f"Expected {name} as uint8 of shape {shape}, found {found.dtype} of shape {tuple(found.shape)}. "
                     "The file is damaged, or belongs to a pool or base of another size."
                 )
-        if self.mask_type == "hard":
-            check_bits(bits, self.num_adapters, self.top_k)
-        elif not unpack_halves(bits).isfinite().all():
-            raise MaskFormatError("Expected finite logits in a soft mask, found NaN or infinity. The file is damaged.")
-        if gain_bits is not None and not unpack_halves(gain_bits).isfinite().all():
-            raise MaskFormatError("Expected finite gains, found NaN or infinity. The file is damaged.")

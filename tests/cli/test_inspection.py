@@ -22,7 +22,15 @@ def test_an_xpeft_folder(adapters, cli):
     assert len(facts["base_fingerprint"]) == 16
 
 
-@pytest.mark.parametrize("method", ["xpeft", "bottleneck", "lora", "head"])
+def test_a_magnitude_mask_folder(adapters, cli):
+    facts = json.loads(cli("inspect", adapters["magnitude-mask"], "--json").out)
+    assert facts["method"] == "MAGNITUDE_MASK"
+    assert facts["config"]["density"] == 0.005
+    assert len(facts["config"]["mask_fingerprint"]) == 16
+    assert facts["sizes"]["payload_bytes"] == pytest.approx(4 * 0.005 * 10_616_832, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["xpeft", "bottleneck", "magnitude-mask", "lora", "head"])
 def test_every_folder_prints_for_people_too(method, adapters, cli):
     done = cli("inspect", adapters[method])
     assert done.status == 0

@@ -1,0 +1,181 @@
+"""What the adapters of one model add to its parameters: one vector each, at the model's root."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._peft import BaseTunerLayer, check_adapters_to_merge
+from .errors import FileFormatError
+from .holders import Trained
+
+
+class DeltaTable(nn.Module, BaseTunerLayer):
+    """One trainable vector per adapter, of which every adapted parameter takes a part.
+
+    State: ``<state_name>.<adapter>.weight [n]``, which is also what is saved. A subclass names ``state_name`` (with the
+    method's prefix).
+    """
+
+    state_name: str
+    in_features = out_features = None  # PEFT asks every tuner layer for them; the table wraps no module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module(self.state_name, nn.ModuleDict())
+        self._sizes: dict[str, tuple[int, ...]] = {}
+        self._starts: dict[str, tuple[int, ...]] = {}
+        self._rounding: dict[str, torch.dtype | None] = {}
+        self._versions: dict[str, int] = {}
+        self._seen: dict[str, tuple[Tensor, int | None, int]] = {}
+        self._parts: dict[str, tuple[Tensor, ...]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    @property
+    def vectors(self) -> MutableMapping[str, Trained]:
+        """The vectors by adapter name."""
+        return getattr(self, self.state_name)  # type: ignore[no-any-return]
+
+    @property
+    def weight(self) -> None:  # type: ignore[override]
+        """None: the table wraps no module."""
+        return None
+
+    @property
+    def bias(self) -> None:  # type: ignore[override]
+        """None: the table wraps no module."""
+        return None
+
+    def forward(self, x: Any) -> Any:
+        """Pass on what a root that runs its children one after another (``nn.Sequential``) hands to each of them."""
+        return x
+
+    def add(self, adapter_name: str, vector: Tensor, sizes: Sequence[int], rounding: torch.dtype | None = None) -> None:
+        """Enter an adapter.
+
+        Args:
+            vector: ``[n]``, where it starts.
+            sizes: numbers that each part takes, in order; they add up to n.
+            rounding: dtype that every number is rounded to where it is used, and saved in; None: none.
+        """
+        self.vectors[adapter_name] = Trained(vector)
+        self._sizes[adapter_name] = tuple(sizes)
+        self._starts[adapter_name] = (0, *accumulate(sizes))
+        self._rounding[adapter_name] = rounding
+        self._versions.setdefault(adapter_name, 0)
+
+    def version(self, adapter_name: str) -> int:
+        """A number that is another one whenever the adapter's vector may be.
+
+        Raises:
+            FileFormatError: in eval mode, a number that is not finite.
+        """
+        weight = self.vectors[adapter_name].weight
+        seen = self._seen.get(adapter_name)
+        now = None if weight.is_inference() else weight._version
+        if seen is None or seen[0] is not weight or seen[1] != now or seen[2] != weight.data_ptr():
+            if not self.training:
+                _check_finite(adapter_name, weight)
+            self._seen[adapter_name] = (weight, now, weight.data_ptr())
+            self._versions[adapter_name] += 1
+            self._parts.pop(adapter_name, None)
+        return self._versions[adapter_name]
+
+    def part(self, adapter_name: str, index: int) -> Tensor:
+        """One part of an adapter's vector, rounded; with a gradient where the vector has one."""
+        weight = self.vectors[adapter_name].weight
+        if not (torch.is_grad_enabled() and weight.requires_grad):
+            return self._cut(adapter_name, weight.detach(), index)
+        if torch.compiler.is_compiling():
+            return self._cut(adapter_name, weight, index)
+        self.version(adapter_name)
+        parts = self._parts.get(adapter_name)
+        if parts is None or not parts[0].requires_grad:
+            rounded = _rounded(weight, self._rounding[adapter_name])
+            parts = self._parts[adapter_name] = rounded.split(self._sizes[adapter_name])
+        return parts[index]
+
+    def _cut(self, adapter_name: str, vector: Tensor, index: int) -> Tensor:
+        part = vector.narrow(0, self._starts[adapter_name][index], self._sizes[adapter_name][index])
+        return _rounded(part, self._rounding[adapter_name])
+
+    def cast(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Hold an adapter's vector in another dtype."""
+        self.vectors[adapter_name].to(dtype)
+
+    def stored(self, adapter_name: str, vector: Tensor) -> Tensor:
+        """The adapter's vector as it is saved: exactly the numbers that are used.
+
+        Raises:
+            FileFormatError: a number is not finite.
+        """
+        _check_finite(adapter_name, vector)
+        return vector.detach().to(self._rounding[adapter_name] or torch.float32)
+
+    def check_stored(self, adapter_name: str, vector: Tensor) -> Tensor:
+        """What a file holds, for the adapter's vector.
+
+        Raises:
+            FileFormatError: another length, a dtype that is not floating point, or a number that is not finite.
+        """
+        expected = self.vectors[adapter_name].weight
+        if vector.shape != expected.shape or not vector.is_floating_point():
+            raise FileFormatError(
+                f"Expected {expected.numel():,} floating point values in the adapter file, found {vector.dtype} of "
+                f"shape {tuple(vector.shape)}. The file is damaged, or belongs to another config or base."
+            )
+        _check_finite(adapter_name, vector)
+        return vector.to(expected.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Note which adapters the layers have merged."""
+        self.merged_adapters.extend(check_adapters_to_merge(self, adapter_names))
+
+    def unmerge(self) -> None:
+        """Note that the layers have unmerged."""
+        self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        super().delete_adapter(adapter_name)
+        for notes in (self._sizes, self._starts, self._rounding, self._seen, self._parts):
+            notes.pop(adapter_name, None)  # type: ignore[attr-defined]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing to follow: the table wraps no module, and layers move their parts to where they are."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what a copy computes anew."""
+        return {**self.__dict__, "_seen": {}, "_parts": {}}
+
+
+class _Rounded(torch.autograd.Function):
+    """Rounded to a dtype and back; the gradient passes as if it were not."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, dtype: torch.dtype) -> Tensor:
+        return vector.to(dtype).to(vector.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _rounded(vector: Tensor, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None or dtype == vector.dtype:
+        return vector
+    rounded: Tensor = _Rounded.apply(vector, dtype)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+def _check_finite(adapter_name: str, vector: Tensor) -> None:
+    if not vector.is_meta and not vector.isfinite().all():
+        raise FileFormatError(
+            f"Expected finite values in adapter '{adapter_name}', found NaN or infinity. Its training diverged (lower "
+            "the learning rate, or go back to an earlier checkpoint), or its file is damaged."
+        )

@@ -1,0 +1,288 @@
+"""A base module whose parameters hold, in place of their own numbers, those of the active adapters.
+
+```
+serving:   module(x), with  own + delta_1 + delta_2 + ...  in its parameters
+training:  the same forward pass; the backward pass hands each delta its gradient
+disabled:  module(x), with its own numbers
+```
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._peft import BaseTunerLayer, check_adapters_to_merge
+from .errors import BaseMismatchError, MergeError, StaleGraphError
+from .gathered import Change, run_changed
+from .layer import module_widths
+from .override import Override
+
+
+class InPlaceLayer(nn.Module, BaseTunerLayer):
+    """Wraps one module. Subclasses say what each adapter adds to its parameters; several active adapters add up.
+
+    The parameters are brought in line at the next forward pass, not when an adapter is set or trained: that is when it
+    is known what is wanted. They get their own numbers back at once when adapters are disabled, unmerged or deleted,
+    before the module is cast or moved, and before its state is read or loaded. So a state dict is the base's own,
+    unless adapters are merged.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features: int | None
+        self.out_features: int | None
+        self.in_features, self.out_features = module_widths(self.get_base_layer()) or (None, None)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        base = self.get_base_layer()
+        self._overrides = {name: Override(base, name) for name, _ in base.named_parameters(recurse=False)}
+        self._served: tuple[tuple[str, int], ...] = ()
+        self._stale = self._released = False
+        self._unions: dict[str, tuple[tuple[Tensor, ...], Tensor, list[Tensor]]] = {}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first of its parameters."""
+        return next(iter(self._overrides.values())).parameter.dtype
+
+    @abstractmethod
+    def has(self, adapter_name: str) -> bool:
+        """Whether the adapter changes this module."""
+
+    @abstractmethod
+    def version(self, adapter_name: str) -> int:
+        """A number that is another one whenever the adapter's changes may be."""
+
+    @abstractmethod
+    def changes(self, adapter_name: str) -> Sequence[Change]:
+        """What the adapter adds, parameter by parameter; with gradients where they are wanted and there are any."""
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The module's output with the active adapters in its parameters.
+
+        Args:
+            x: the module's input.
+            adapter_names: one adapter name, or ``"__base__"``, for each example of the batch.
+
+        Raises:
+            BaseMismatchError: somebody changed the base's parameters while an adapter was in them.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        names = self._serving()
+        if torch.compiler.is_compiling():
+            return self._forward_in_graph(names, x, *args, **kwargs)
+        self._bring_in_line(names)
+        if torch.is_grad_enabled() and not self.merged:
+            trained = [each for name in names for each in self.changes(name) if each.delta.requires_grad]
+            if trained or x.requires_grad:
+                before_backward = partial(self._bring_back, self._served, self._edits())
+                return run_changed(self.base_layer, trained, before_backward, x, *args, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _forward_in_graph(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """For ``torch.compile``: a graph cannot look at versions, so it writes each time it runs. That is cheap."""
+        self._write(names)
+        self._stale = True
+        if torch.is_grad_enabled() and not self.merged:
+            trained = [each for name in names for each in self.changes(name) if each.delta.requires_grad]
+            if trained:
+                return run_changed(self.base_layer, trained, _nothing, x, *args, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _serving(self) -> list[str]:
+        if self.merged:
+            return self.merged_adapters
+        return [] if self.disable_adapters else [name for name in self.active_adapters if self.has(name)]
+
+    def _bring_in_line(self, names: list[str]) -> None:
+        wanted = tuple((name, self.version(name)) for name in names)
+        if self._stale or wanted != self._served:
+            self._write(names)
+            self._served, self._stale = wanted, False
+
+    def _bring_back(self, served: tuple[tuple[str, int], ...], edits: list[tuple[int, int]]) -> None:
+        """Let the parameters be what they were in a forward pass that served these adapters."""
+        names = [name for name, _ in served]
+        if (
+            self._released
+            or self._edits() != edits
+            or any(not self.has(name) or self.version(name) != version for name, version in served)
+        ):
+            raise StaleGraphError(
+                "Expected a base and adapters as they were in the forward pass, found that they were changed, deleted "
+                "or unloaded since. Run backward before the optimizer's step and before such calls."
+            )
+        self._bring_in_line(names)
+
+    def _edits(self) -> list[tuple[int, int]]:
+        return [override.edits for override in self._overrides.values()]
+
+    def _write(self, names: Sequence[str]) -> None:
+        if not names:
+            self.restore()
+            return
+        with torch.no_grad():
+            by_parameter: dict[str, list[Change]] = {}
+            for name in names:
+                for change in self.changes(name):
+                    by_parameter.setdefault(change.name, []).append(change)
+            for name, override in self._overrides.items():
+                if name not in by_parameter:
+                    override.restore()
+            for name, changes in by_parameter.items():
+                override = self._overrides[name]
+                override.write(*self._sum(changes, override.parameter.device))
+
+    def _sum(self, changes: Sequence[Change], device: torch.device) -> tuple[Tensor | None, Tensor]:
+        """All changes of one parameter as one: where, and how much. Changes of the whole parameter come alone."""
+        places = [None if change.places is None else change.places.on(device) for change in changes]
+        deltas = [change.delta.to(device) for change in changes]
+        if all(each is places[0] for each in places):
+            return places[0], sum(deltas[1:], deltas[0])
+        indexes = tuple(each for each in places if each is not None)
+        assert len(indexes) == len(places)
+        name = changes[0].name
+        if name not in self._unions or not _same(self._unions[name][0], indexes):
+            union = torch.unique(torch.cat(indexes))
+            self._unions[name] = (indexes, union, [torch.searchsorted(union, index) for index in indexes])
+        _, union, positions = self._unions[name]
+        total = torch.zeros(union.numel(), device=device, dtype=deltas[0].dtype)
+        for position, delta in zip(positions, deltas, strict=True):
+            total.index_add_(0, position, delta.to(total.dtype))
+        return union, total
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
+        """One pass for each adapter over its own examples."""
+        if len(adapter_names) != x.shape[0]:
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {x.shape[0]} respectively."
+            )
+        out: Tensor | None = None
+        for name in dict.fromkeys(adapter_names):
+            rows = [i for i, other in enumerate(adapter_names) if other == name]
+            self._bring_in_line([name] if name != "__base__" and self.has(name) else [])
+            y = self.base_layer(x[rows], *args, **kwargs)
+            if out is None:
+                out = y.new_empty((x.shape[0], *y.shape[1:]))
+            out[rows] = y
+        return out
+
+    def restore(self) -> None:
+        """Give the module's parameters their own numbers back.
+
+        Raises:
+            BaseMismatchError: somebody changed them while an adapter was in them.
+        """
+        for override in self._overrides.values():
+            override.restore()
+        self._served = ()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters. If none of them changes this module, it gets its own numbers back at once."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._stale = True  # torch does not count changes through .data
+        if self._served and not self._serving():
+            self.restore()
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode; the parameters are brought in line anew."""
+        self._stale = True
+        return super().train(mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters. Disabled, the module has its own numbers at once, unless they are merged."""
+        super().enable_adapters(enabled)
+        if not enabled and not self.merged:
+            self.restore()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        if adapter_name in self.merged_adapters:
+            self.unmerge()
+        if any(name == adapter_name for name, _ in self._served):
+            self.restore()
+        self._unions.clear()
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put adapters into the module's parameters until :meth:`unmerge`, whatever is set, enabled or read meanwhile.
+
+        The numbers are the very ones that unmerged adapters put there.
+
+        Args:
+            safe_merge: refuse, before anything is changed, a result that is not finite.
+
+        Raises:
+            MergeError: with ``safe_merge``, a result that is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
+        if not self.merged:
+            self.restore()  # of what is served, but is not to be merged
+        merged = list(self.merged_adapters)
+        for name in names:
+            self._write([*merged, name])
+            if safe_merge and not all(each.parameter.isfinite().all() for each in self._overrides.values()):
+                self._write(self.merged_adapters)
+                self._served = ()
+                raise MergeError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken. This module was left "
+                    "as it was; load or train the adapter again."
+                )
+            merged.append(name)
+        self.merged_adapters = merged
+        self._served = tuple((name, self.version(name)) for name in merged)
+
+    def unmerge(self) -> None:
+        """Give the parameters their own numbers back, bit for bit."""
+        self.merged_adapters.clear()
+        self.restore()
+
+    def release(self, *, restore: bool) -> None:
+        """The layer is about to leave its model: give the parameters their own numbers back, unless they are merged."""
+        if restore:
+            self.unmerge()
+        self._released = True
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own numbers (and whatever the adapters hold); merged adapters stay merged."""
+        if not self.merged:
+            self.restore()
+        return super().state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """What is loaded is the base's own, whatever was there."""
+        for name, override in self._overrides.items():
+            if f"{prefix}base_layer.{name}" in state_dict:
+                try:
+                    override.restore()
+                except BaseMismatchError:
+                    override.forget()
+                self._served = ()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Cast or move the base's own numbers; merged adapters are merged again."""
+        self.restore()
+        applied = super()._apply(fn, recurse)
+        if self.merged:
+            self._write(self.merged_adapters)
+        return applied
+
+
+def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+
+
+def _nothing() -> None:
+    """Before the backward pass of a graph: its tensors are its own."""

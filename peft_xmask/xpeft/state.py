@@ -1,0 +1,190 @@
+"""What a mask table holds: logits and gains while training, bytes for shipping, and the way from one to the other.
+
+Trained state is ``xpeft_logits.<name>.weight [P, 2*S*N]`` and ``xpeft_gain.<name>.weight [P, S]``; shipped state is
+``xpeft_bits.<name>.weight`` and ``xpeft_gain_bits.<name>.weight``: bytes, see
+:class:`~peft_xmask.xpeft.spec.MaskSpec`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._peft import BaseTunerLayer
+from ..errors import MaskFormatError
+from ..functional import gain_weight, scaled_gain, select_top_k
+from ..holders import Shipped, Trained
+from ..packing import pack_bits, pack_halves, unpack_bits, unpack_halves
+from ..sharding import gathered
+from .spec import MaskSpec
+
+REBUILT_LOGIT = 0.1
+INIT_STD = 0.01
+
+
+class XPEFTModule(BaseTunerLayer):
+    """What PEFT visits when it sets, enables or deletes an X-PEFT adapter: the sites and the table."""
+
+
+class MaskState(nn.Module, XPEFTModule):
+    """Masks of all sites, profiles and adapters of one model, as they are trained and as they are shipped.
+
+    An adapter made for training has logits, and bytes that stay zero unless a file is loaded into them; an adapter made
+    for inference has bytes only.
+    """
+
+    xpeft_logits: MutableMapping[str, Trained]
+    xpeft_gain: MutableMapping[str, Trained]
+    xpeft_bits: MutableMapping[str, Shipped]
+    xpeft_gain_bits: MutableMapping[str, Shipped]
+    adapter_layer_names = ("xpeft_logits", "xpeft_gain", "xpeft_bits", "xpeft_gain_bits")
+    in_features = out_features = None  # PEFT asks every tuner layer for them; the table wraps no module
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ModuleDict())
+        self.specs: dict[str, MaskSpec] = {}
+        self.temperature: dict[str, float] = {}
+        self.logit_scale: dict[str, float] = {}
+        self.gumbel_noise: dict[str, float] = {}
+        self.rebuilt: set[str] = set()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    @property
+    def weight(self) -> None:  # type: ignore[override]
+        """None: the table wraps no module."""
+        return None
+
+    @property
+    def bias(self) -> None:  # type: ignore[override]
+        """None: the table wraps no module."""
+        return None
+
+    def add(
+        self,
+        adapter_name: str,
+        spec: MaskSpec,
+        *,
+        trainable: bool,
+        logit_scale: float,
+        temperature: float,
+        noise: float,
+    ) -> None:
+        """Enter an adapter; its masks start at random (torch's generator)."""
+        self.specs[adapter_name] = spec
+        self.logit_scale[adapter_name] = logit_scale
+        self.temperature[adapter_name] = temperature
+        self.gumbel_noise[adapter_name] = noise
+        logits = torch.randn(spec.num_profiles, math.prod(spec.logits_shape[1:])) * (INIT_STD / logit_scale)
+        gain = torch.zeros(spec.num_profiles, spec.num_sites)
+        bits, gain_bits = self.pack(adapter_name, logits, gain)
+        if trainable:
+            self.xpeft_logits[adapter_name] = Trained(logits)
+            bits = torch.zeros_like(bits)
+            if spec.learn_gain:
+                self.xpeft_gain[adapter_name] = Trained(gain)
+                gain_bits = torch.zeros_like(gain_bits)
+        self.xpeft_bits[adapter_name] = Shipped(bits)
+        if spec.learn_gain:
+            self.xpeft_gain_bits[adapter_name] = Shipped(gain_bits)
+
+    def cast(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Hold what an adapter trains in another dtype. Its bytes stay bytes."""
+        for container in (self.xpeft_logits, self.xpeft_gain):
+            if adapter_name in container:
+                container[adapter_name].to(dtype)
+
+    def is_trained(self, adapter_name: str) -> bool:
+        """Whether the adapter has logits."""
+        return adapter_name in self.xpeft_logits
+
+    def pack(self, adapter_name: str, logits: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What is shipped for trained values: exactly what evaluation uses.
+
+        Shapes: ``logits [P, 2*S*N]``, ``gain [P, S]``; returns ``bits`` and ``gain_bits`` as in :class:`MaskSpec`.
+
+        Raises:
+            MaskFormatError: a value is not finite, or a gain is too large for half precision.
+        """
+        spec = self.specs[adapter_name]
+        scale = self.logit_scale[adapter_name]
+        logits = gathered(logits.detach()).float().view(-1, *spec.logits_shape[1:])
+        gain = None if gain is None else gathered(gain.detach())
+        if not logits.is_meta and not (logits.isfinite().all() and (gain is None or gain.isfinite().all())):
+            raise MaskFormatError(not_finite(adapter_name))
+        if spec.mask_type == "hard":
+            bits = pack_bits(select_top_k(logits, spec.top_k))
+        else:
+            bits = pack_halves(logits / (self.temperature[adapter_name] / scale))
+        if gain is None:
+            gain = torch.zeros(logits.shape[0], spec.num_sites)
+        gains = scaled_gain(gain.float(), spec.scale, scale)
+        if not gains.is_meta and not gains.isfinite().all():
+            raise MaskFormatError(
+                f"Expected gains of at most 65504 in adapter '{adapter_name}', which half precision can hold, found "
+                "larger ones. Training diverged: lower the learning rate of the masks, or config.scale."
+            )
+        return bits, pack_halves(gains.unsqueeze(-1))
+
+    def unpack(self, adapter_name: str, bits: Tensor, gain_bits: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Values to train on from shipped ones; they :meth:`pack` to the same bytes. Inverse shapes of :meth:`pack`."""
+        spec, scale = self.specs[adapter_name], self.logit_scale[adapter_name]
+        if spec.mask_type == "hard":
+            logits = (unpack_bits(bits, spec.num_adapters).float() * 2 - 1) * (REBUILT_LOGIT / scale)
+        else:
+            logits = unpack_halves(bits) * (self.temperature[adapter_name] / scale)
+        gain = None if gain_bits is None else gain_weight(unpack_halves(gain_bits)[..., 0], spec.scale, scale)
+        return logits.flatten(1), gain
+
+    def rescale_logits(self, adapter_name: str, logit_scale: float) -> None:
+        """Train on another scale from here on, with the same masks and gains."""
+        if logit_scale == self.logit_scale[adapter_name]:
+            return
+        ratio = self.logit_scale[adapter_name] / logit_scale
+        with torch.no_grad():
+            self.xpeft_logits[adapter_name].weight.mul_(ratio)
+            if adapter_name in self.xpeft_gain:
+                self.xpeft_gain[adapter_name].weight.mul_(ratio)
+        self.logit_scale[adapter_name] = logit_scale
+
+    def load(self, adapter_name: str, bits: Tensor, gain_bits: Tensor | None) -> None:
+        """Give a trained adapter the masks and gains of checked bytes."""
+        logits, gain = self.unpack(adapter_name, bits, gain_bits)
+        with torch.no_grad():
+            self.xpeft_logits[adapter_name].weight.copy_(logits)
+            if gain is not None:
+                self.xpeft_gain[adapter_name].weight.copy_(gain)
+        self.rebuilt.add(adapter_name)
+
+    def copy_bytes(self, source: str, adapter_name: str) -> None:
+        """Give an adapter the masks and gains of another one, where neither is trained."""
+        if self.is_trained(source) or self.is_trained(adapter_name):
+            return
+        for container in (self.xpeft_bits, self.xpeft_gain_bits):
+            if adapter_name in container:
+                container[adapter_name].weight.copy_(container[source].weight)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Forget an adapter."""
+        super().delete_adapter(adapter_name)
+        notes: list[dict[str, Any]] = [self.specs, self.temperature, self.logit_scale, self.gumbel_noise]
+        for note in notes:
+            note.pop(adapter_name, None)
+        self.rebuilt.discard(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing to follow: the table wraps no module, and sites move masks to where their pool is."""
+
+
+def not_finite(name: str) -> str:
+    """What to say of an adapter whose training diverged."""
+    return (
+        f"Expected finite logits and gains in adapter '{name}', found NaN or infinity. Training diverged: lower the "
+        "learning rate of the masks, or go back to an earlier checkpoint."
+    )
