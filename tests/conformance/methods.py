@@ -1,12 +1,12 @@
 """The methods under test: one row each. A new tuner joins the matrix here and nowhere else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
 
-from peft_xmask import BottleneckConfig, XPEFTConfig
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, XPEFTConfig
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Method:
         fields: with which its adapter is small and changes the outputs from the start.
         prefix: of its state's names.
         linear: whether it can be merged.
+        mixes: whether one batch can use several of its adapters.
+        starts_at_base: whether an adapter can start without changing the outputs.
+        packed: whether an adapter loaded for inference has other state than one in training.
+        strong: fields for PEFT's suites of transformers, so that tiny language models write another text.
+        mild: fields for PEFT's custom suite, whose large steps of SGD must end in finite numbers.
     """
 
     name: str
@@ -25,6 +30,11 @@ class Method:
     fields: dict[str, Any]
     prefix: str
     linear: bool
+    mixes: bool = True
+    starts_at_base: bool = True
+    packed: bool = False
+    strong: dict[str, Any] = field(default_factory=dict)
+    mild: dict[str, Any] = field(default_factory=dict)
 
     def config(self, **fields: Any) -> PeftConfig:
         """A config with these fields besides its own."""
@@ -51,15 +61,39 @@ class Method:
 
 
 XPEFT = dict(num_adapters=12, bottleneck_size=8, scale=1.0)
+MASKS: dict[str, Any] = dict(starts_at_base=False, packed=True, strong={"scale": 10.0})
 BOTTLENECK = dict(bottleneck_size=4, init_weights=False, scale=100.0)
+MASKED = dict(density=0.2, init_weights=False)
 LINEAR_BOTTLENECK = dict(activation="identity", use_bias=False, insertion_form="parallel")
 
 METHODS = [
-    Method("xpeft", XPEFTConfig, XPEFT, "xpeft_", linear=False),
-    Method("xpeft-soft", XPEFTConfig, {**XPEFT, "mask_type": "soft", "activation": "gelu"}, "xpeft_", linear=False),
-    Method("xpeft-identity", XPEFTConfig, {**XPEFT, "activation": "identity"}, "xpeft_", linear=True),
-    Method("bottleneck", BottleneckConfig, BOTTLENECK, "bottleneck_adapter_", linear=False),
+    Method("xpeft", XPEFTConfig, XPEFT, "xpeft_", linear=False, **MASKS, mild={"logit_scale": 0.3, "scale": 0.5}),
     Method(
-        "bottleneck-identity", BottleneckConfig, {**BOTTLENECK, **LINEAR_BOTTLENECK}, "bottleneck_adapter_", linear=True
+        "xpeft-soft",
+        XPEFTConfig,
+        {**XPEFT, "mask_type": "soft", "activation": "gelu"},
+        "xpeft_",
+        linear=False,
+        **MASKS,
+        mild={"logit_scale": 0.3, "scale": 2.0},
     ),
+    Method(
+        "xpeft-identity",
+        XPEFTConfig,
+        {**XPEFT, "activation": "identity"},
+        "xpeft_",
+        linear=True,
+        **MASKS,
+        mild={"logit_scale": 0.3, "scale": 0.5},
+    ),
+    Method("bottleneck", BottleneckConfig, BOTTLENECK, "bottleneck_adapter_", linear=False, mild={"scale": 10.0}),
+    Method(
+        "bottleneck-identity",
+        BottleneckConfig,
+        {**BOTTLENECK, **LINEAR_BOTTLENECK},
+        "bottleneck_adapter_",
+        linear=True,
+        mild={"scale": 10.0},
+    ),
+    Method("magnitude-mask", MagnitudeMaskConfig, MASKED, "magnitude_mask_", linear=True),
 ]

@@ -28,12 +28,13 @@ WIDE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermed
 ENCODER = {**IDS, **WIDE, "max_position_embeddings": 64, "num_labels": 2}
 DECODER = {**IDS, **WIDE, "num_key_value_heads": 2, "initializer_range": 0.2}
 GPT = {**IDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+OPT = dict(num_hidden_layers=2, init_std=0.2)
 BART = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
 
 MODELS = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": (
         AutoModelForCausalLM,
-        OPTConfig(**IDS, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, ffn_dim=4, word_embed_proj_dim=16),
+        OPTConfig(**IDS, hidden_size=16, num_attention_heads=4, ffn_dim=4, word_embed_proj_dim=16, **OPT),
     ),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": (AutoModelForCausalLM, GPT2Config(**GPT)),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": (AutoModelForCausalLM, GPTJConfig(**GPT, rotary_dim=4)),
@@ -41,7 +42,7 @@ MODELS = {
     "peft-internal-testing/tiny-dummy-qwen2": (AutoModelForCausalLM, Qwen2Config(**DECODER)),
     "hf-internal-testing/tiny-random-Gemma3ForCausalLM": (
         AutoModelForCausalLM,
-        Gemma3TextConfig(**DECODER, head_dim=8),
+        Gemma3TextConfig(**DECODER, head_dim=8, tie_word_embeddings=False),
     ),
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
         AutoModelForSeq2SeqLM,
@@ -70,9 +71,18 @@ MODELS = {
 }
 
 
-def save_models(folder: Path) -> None:
-    """Save every model under its Hub id in a folder, from where ``from_pretrained(id)`` finds it as a relative path."""
+COMMIT = "0" * 40
+
+
+def save_models(cache: Path) -> None:
+    """Save every model in a Hub cache, as if it had been fetched before."""
     disable_progress_bar()
     for name, (auto_class, config) in MODELS.items():
+        for field in vars(config):
+            if "drop" in field and isinstance(getattr(config, field), float):
+                setattr(config, field, 0.0)  # the suites compare a pass with the next, also in training mode
+        repo = cache / f"models--{name.replace('/', '--')}"
+        (repo / "refs").mkdir(parents=True)
+        (repo / "refs" / "main").write_text(COMMIT, encoding="utf-8")
         torch.manual_seed(0)
-        auto_class.from_config(config).save_pretrained(folder / name)
+        auto_class.from_config(config).save_pretrained(repo / "snapshots" / COMMIT)
