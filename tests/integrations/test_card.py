@@ -9,7 +9,15 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from peft_xmask import AdapterPool, BottleneckConfig, PeftXMaskWarning, XPEFTConfig, profile_size
+from peft_xmask import (
+    AdapterPool,
+    BottleneckConfig,
+    PeftXMaskWarning,
+    RecordCallback,
+    XPEFTCallback,
+    XPEFTConfig,
+    profile_size,
+)
 from peft_xmask.integrations.card import END, complete_card, complete_cards_of_peft
 
 
@@ -70,6 +78,7 @@ def test_the_table_has_what_a_profile_belongs_to_and_its_bytes(saved, model):
         "modules saved whole, such as a head": f"{size.head_bytes} bytes",
         "file `adapter_model.safetensors`": f"{size.file_bytes} bytes",
         "pool, once for all profiles": "0 bytes",
+        "trained": "not recorded; `peft_xmask.RecordCallback` in the Trainer does so",
         "made with": rows(saved)["made with"],
     }
     assert rows(saved)["made with"].startswith("peft_xmask ")
@@ -138,10 +147,15 @@ def test_a_card_of_ones_own_gets_the_section_first(model, tmp_path):
     assert "# Mine\n\nAll about it.\n" in card.text
 
 
-def test_without_a_card_or_an_adapter_nothing_is_written(saved, model, tmp_path):
+def test_a_card_that_was_removed_is_written_anew(saved, model):
+    before = text(saved)
     (saved / "README.md").unlink()
     model.peft_config["default"].save_pretrained(saved)
-    assert not (saved / "README.md").exists()
+    assert ModelCard(text(saved)).text == ModelCard(before).text
+    assert ModelCard(text(saved)).data.library_name == "peft"
+
+
+def test_without_an_adapter_nothing_is_written(model, tmp_path):
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "README.md").write_text("mine")
@@ -165,11 +179,38 @@ def test_other_methods_keep_their_cards(tiny_bert, tmp_path):
     assert "peft_xmask" not in text(tmp_path)
 
 
-def test_an_adapter_in_a_folder_of_its_own_has_no_card(model, tmp_path):
-    model.add_adapter("other", xpeft())
+def test_an_adapter_in_a_folder_of_its_own_has_a_card_of_its_own(model, tmp_path):
+    """PEFT writes one card, beside the adapter called "default": the others' folders may be shared alone."""
+    model.add_adapter("other", xpeft(pool_seed=9))
     model.save_pretrained(tmp_path)
     assert rows(tmp_path)["pool"] == "random, seed 7"
-    assert not (tmp_path / "other" / "README.md").exists()
+    assert rows(tmp_path / "other")["pool"] == "random, seed 9"
+    assert ModelCard(text(tmp_path / "other")).text.startswith("\n```python\nimport peft_xmask\n")
+
+
+@pytest.mark.parametrize("kind", ["xpeft", "bottleneck"])
+def test_the_card_says_how_the_adapter_was_trained(kind, tiny_bert, tmp_path):
+    config = xpeft() if kind == "xpeft" else BottleneckConfig(task_type="SEQ_CLS", bottleneck_size=4)
+    model = get_peft_model(tiny_bert(), config)
+    rows_of_data = [{"input_ids": [1, 2, 3 + i], "labels": i % 4} for i in range(8)]
+    arguments = TrainingArguments(
+        str(tmp_path / "run"), use_cpu=True, report_to=[], max_steps=3, per_device_train_batch_size=2, seed=5,
+        gradient_accumulation_steps=2, logging_steps=1, learning_rate=1e-3, disable_tqdm=True, save_steps=2,
+        eval_strategy="steps", eval_steps=3,
+    )  # fmt: skip
+    callback = XPEFTCallback(0.2) if kind == "xpeft" else RecordCallback()
+    trainer = Trainer(model, arguments, train_dataset=rows_of_data, eval_dataset=rows_of_data[:4], callbacks=[callback])
+    trainer.train()
+    model.save_pretrained(tmp_path / "adapter")
+    said = rows(tmp_path / "adapter")["trained"]
+    assert said.startswith("3 steps, 1.5 epochs, 4 examples a step, optimizer adamw")
+    assert "learning rate 0.001" in said
+    assert ("mask learning rate 0.2" in said) == (kind == "xpeft")
+    assert ", loss 2." in said
+    assert ", eval loss 1." in said
+    assert "runtime" not in said
+    assert PeftModel.from_pretrained(tiny_bert(), tmp_path / "adapter").peft_config["default"].training["seed"] == 5
+    assert rows(tmp_path / "run" / "checkpoint-2")["trained"].startswith("2 steps, 1.0 epochs")
 
 
 def test_the_trainers_card_comes_below(model, tmp_path):

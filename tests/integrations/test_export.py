@@ -84,3 +84,81 @@ def test_what_is_not_linear_is_refused_and_nothing_is_written(tiny_bert, tmp_pat
     assert not (tmp_path / "lora").exists()
     with pytest.raises(ConfigError, match="named 'nobody'"):
         export_lora(model, tmp_path / "lora", "nobody")
+
+
+def test_exported_profiles_are_hotswapped(tiny_bert, tiny_batch, tmp_path):
+    """One LoRA stays in the model; its numbers become those of another profile."""
+    from peft import PeftModel
+    from peft.utils.hotswap import hotswap_adapter
+
+    outputs = {}
+    for seed, name in enumerate(("ann", "bob")):
+        model = get_peft_model(tiny_bert(), CONFIGS["parallel"]()).eval()
+        torch.manual_seed(seed)
+        shake(model)
+        export_lora(model, tmp_path / name)
+        with torch.no_grad():
+            outputs[name] = model(**tiny_batch).logits
+    assert (outputs["ann"] - outputs["bob"]).abs().max() > 1e-3
+    served = PeftModel.from_pretrained(tiny_bert(), tmp_path / "ann").eval()
+    for name in ("ann", "bob", "ann"):
+        hotswap_adapter(served, str(tmp_path / name), adapter_name="default")
+        with torch.no_grad():
+            torch.testing.assert_close(served(**tiny_batch).logits, outputs[name], atol=1e-5, rtol=1e-5)
+
+
+DIFFUSERS = """
+import sys, torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+folder = sys.argv[1]
+unet = UNet2DConditionModel.from_pretrained(folder + "/base").eval()
+unet.load_lora_adapter(folder + "/lora", weight_name="adapter_model.safetensors", prefix="base_model.model")
+with torch.no_grad():
+    save_file({"sample": unet(**load_file(folder + "/batch.safetensors")).sample}, folder + "/out.safetensors")
+assert "peft_xmask" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("form", ["parallel", "sequential"])
+def test_diffusers_loads_a_profile_of_a_unet(form, tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        cross_attention_dim=8, attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()  # fmt: skip
+    unet.save_pretrained(tmp_path / "base")
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    config = XPEFTConfig(
+        num_adapters=10,
+        bottleneck_size=4,
+        activation="identity",
+        insertion_form=form,
+        scale=3.0,
+        target_modules=targets,
+    )
+    batch = {
+        "sample": torch.randn(2, 4, 8, 8),
+        "timestep": torch.tensor([3, 7]),
+        "encoder_hidden_states": torch.randn(2, 5, 8),
+    }
+    save_file(batch, tmp_path / "batch.safetensors")
+    with torch.no_grad():
+        plain = unet(**batch).sample
+    model = get_peft_model(unet, config).eval()
+    shake(model)
+    with torch.no_grad():
+        expected = model(**batch).sample
+    export_lora(model, tmp_path / "lora")
+    script = tmp_path / "fresh.py"
+    script.write_text(DIFFUSERS)
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert any(key.endswith("lora_B.bias") for key in load_file(tmp_path / "lora" / "adapter_model.safetensors")) == (
+        form == "sequential"
+    )
+    found = load_file(tmp_path / "out.safetensors")["sample"]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert (found - plain).abs().max() > 1e-3

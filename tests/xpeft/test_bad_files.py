@@ -163,3 +163,13 @@ def test_a_base_with_a_mask_table_of_its_own(tiny_bert):
     base.mask_table = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="has an attribute 'mask_table' of its own"):
         get_peft_model(base, XPEFTConfig(num_adapters=20, bottleneck_size=4))
+
+
+def test_a_gain_that_half_precision_cannot_hold_is_not_saved(tiny_bert, tmp_path):
+    """It would be refused when loaded, and the profile lost."""
+    model = get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4, learn_gain=True))
+    with torch.no_grad():
+        model.base_model.table.xpeft_gain["default"].weight.fill_(20.0)
+    with pytest.raises(MaskFormatError, match="at most 65504"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / FILE).exists()

@@ -1,0 +1,161 @@
+"""Two real processes with gloo, started by ``accelerate launch``, against one process on the same global batches."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from peft_xmask.integrations.trainer import STATE_FILE
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+LAUNCH = [
+    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
+    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+]  # fmt: skip
+ADAPTER = "adapter_model.safetensors"
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch is built without gloo",
+)
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("two_processes", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory) -> Path:
+    """What two processes did together: a folder for each, with the trained tensors of each run."""
+    folder = tmp_path_factory.mktemp("together")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *LAUNCH, str(SCRIPT), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(script, tmp_path_factory):
+    """Runs the same in one process, each run once."""
+    done = {}
+
+    def run(config: str):
+        if config not in done:
+            folder = tmp_path_factory.mktemp("alone")
+            done[config] = script.train(config, folder), folder
+        return done[config]
+
+    return run
+
+
+def of_rank(together: Path, rank: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(together / f"rank{rank}" / f"{name}.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_there_were_two_processes_that_spoke_gloo(together):
+    for rank in (0, 1):
+        facts = json.loads((together / f"rank{rank}" / "facts.json").read_text())
+        assert facts == {"backend": "gloo", "processes": 2}
+
+
+@pytest.mark.parametrize("name", ["hard", "soft", "bottleneck", "accumulated"])
+def test_two_processes_train_what_one_does(name, together, alone, script):
+    """Each process started from other random masks: DDP sends those of the first."""
+    config = "hard" if name == "accumulated" else name
+    model, folder = alone(config)
+    expected, found = script.trained(model), of_rank(together, 0, name)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4, msg=key)
+    again = PeftModel.from_pretrained(script.base(), together / "rank0" / name)
+    torch.testing.assert_close(script.logits(again), script.logits(model), atol=1e-5, rtol=1e-4)
+    if config == "hard":
+        first, second = (load_file(place / ADAPTER) for place in (folder, together / "rank0" / name))
+        assert torch.equal(first[script.BITS], second[script.BITS])
+
+
+@pytest.mark.parametrize(
+    "name", ["hard", "soft", "bottleneck", "accumulated", "resumed", "static-hard", "static-noisy"]
+)
+def test_both_processes_hold_the_same(name, together):
+    """Also with Gumbel noise, of which each draws its own: gradients are averaged, masks stay one."""
+    assert same(of_rank(together, 0, name), of_rank(together, 1, name))
+
+
+def test_a_resumed_run_ends_as_the_whole_one(together):
+    assert same(of_rank(together, 0, "resumed"), of_rank(together, 0, "hard"))
+
+
+def test_only_the_first_process_writes(together):
+    """The second has a folder of its own: what it would have written is not there."""
+    wanted = {"hard", "soft", "bottleneck", "accumulated", "resumed"}
+    for rank, expected in ((0, wanted), (1, set())):
+        folder = together / f"rank{rank}"
+        assert {path.parent.name for path in folder.glob(f"*/{ADAPTER}")} == expected
+        checkpoints = {path.parent.name for path in folder.glob(f"*/*/{ADAPTER}")}
+        assert checkpoints == ({"checkpoint-3", "checkpoint-6"} if expected else set())
+        states = {path.parents[1].name for path in folder.glob(f"*/*/{STATE_FILE}")}
+        assert states == expected - {"bottleneck"}
+    assert not list(together.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("config", ["hard", "bottleneck"])
+def test_a_static_graph_without_a_search_for_unused_parameters(config, together, script):
+    found = of_rank(together, 0, f"static-{config}")
+    alone = script.manual_steps(script.adapted(config), 0, 1)
+    torch.testing.assert_close(found["logits"], script.logits(alone), atol=1e-5, rtol=1e-4)
+
+
+def test_ddp_does_not_send_the_pool(together, script):
+    pool = sum(b.nbytes for name, b in script.adapted("hard").named_buffers() if ".pool." in name)
+    assert of_rank(together, 0, "static-hard")["bytes sent a pass"] < 1000 < pool
+
+
+@pytest.mark.parametrize("config", ["hard", "bottleneck"])
+def test_fsdp2_trains_what_one_process_does_and_saves_it_whole(config, together, script):
+    start = script.adapted(config)
+    found = of_rank(together, 0, f"sharded-{config}")
+    assert same(found, of_rank(together, 1, f"sharded-{config}"))
+    assert torch.equal(found["start"], script.logits(start))
+    alone = script.manual_steps(start, 0, 1)
+    torch.testing.assert_close(found["logits"], script.logits(alone), atol=1e-5, rtol=1e-4)
+    again = PeftModel.from_pretrained(script.base(), together / f"sharded-{config}" / "whole")
+    torch.testing.assert_close(script.logits(again), found["logits"], atol=1e-6, rtol=1e-5)
+
+    alone.save_pretrained(together / f"alone-{config}")
+    form = [
+        {name: (tensor.dtype, tensor.shape) for name, tensor in load_file(folder / ADAPTER).items()}
+        for folder in (together / f"alone-{config}", together / f"sharded-{config}" / "whole")
+    ]
+    assert form[0] == form[1]
+
+
+def test_masks_sharded_by_fsdp2_are_gathered_for_files(together, script):
+    """For PEFT's own state dict, and for the callback's training state, which is put back into the shards."""
+    found = of_rank(together, 0, "sharded-hard")
+    file = load_file(together / "sharded-hard" / "whole" / ADAPTER)
+    assert torch.equal(found["bits"], file[script.BITS])
+    torch.testing.assert_close(found["restored"], found["logits"], atol=1e-6, rtol=1e-5)
+    state = load_file(together / "sharded-hard" / "checkpoint-4" / STATE_FILE)
+    assert state["default.logits"].shape == (1, 2 * 3 * 20)

@@ -1,0 +1,179 @@
+"""Adapters on the quantised linear modules of a real language model: the base stays as it is, we add to outputs."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_xmask import BottleneckConfig, XPEFTConfig
+from peft_xmask.errors import MergeError
+from peft_xmask.integrations import export_lora
+
+TEXTS = ["Once upon a time, there was a little girl named Lily.", "Tom and his dog went to the park to play."]
+QUANTISATIONS = ["int8", "nf4", "nf4 in bfloat16", "torchao int8"]
+CONFIGS = {
+    "xpeft": lambda: XPEFTConfig(task_type="CAUSAL_LM", num_adapters=20, bottleneck_size=4, activation="identity"),
+    "bottleneck": lambda: BottleneckConfig(
+        task_type="CAUSAL_LM", bottleneck_size=4, activation="identity", insertion_form="parallel", use_bias=False
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A way to load the real language model, and the class of the weights that it then has."""
+
+    load: Callable[[], nn.Module]
+    weight: str
+
+
+def quantisation(name: str) -> tuple[Any, dict[str, Any], str]:
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if name == "torchao int8":
+        pytest.importorskip("torchao", reason="torchao is not installed: pip install peft_xmask[quantised]")
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig()), {}, "Int8Tensor"
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install peft_xmask[quantised]")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True), {}, "Int8Params"
+    dtype = torch.bfloat16 if name == "nf4 in bfloat16" else torch.float32
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return config, {"dtype": dtype}, "Params4bit"
+
+
+@pytest.fixture(scope="module", params=QUANTISATIONS)
+def base(request, shared_data: Path) -> Base:
+    config, kwargs, weight = quantisation(request.param)
+
+    def load() -> nn.Module:
+        folder = shared_data / "stories260k-llama"
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, device_map="cpu", **kwargs
+        ).eval()
+
+    return Base(load, weight)
+
+
+@pytest.fixture(scope="module")
+def whole(shared_data: Path) -> Callable[[], nn.Module]:
+    """The same model, not quantised."""
+    return lambda: AutoModelForCausalLM.from_pretrained(shared_data / "stories260k-llama").eval()
+
+
+@pytest.fixture(scope="module")
+def batch(shared_data: Path) -> dict[str, torch.Tensor]:
+    found = AutoTokenizer.from_pretrained(shared_data / "stories260k-llama")(TEXTS, return_tensors="pt", padding=True)
+    return {key: found[key] for key in ("input_ids", "attention_mask")}
+
+
+def logits(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def train(model: nn.Module, batch: dict[str, torch.Tensor], steps: int = 6) -> list[float]:
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    model.train()
+    losses = []
+    for _ in range(steps):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def bytes_of_base(model: nn.Module) -> list[torch.Tensor]:
+    """The stored weights of the base, quantised or not."""
+    found = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            plain = parameter.detach()
+            inner = [getattr(plain, part) for part in ("qdata", "scale") if hasattr(plain, part)]
+            found += [(f"{name}{i}", each.clone()) for i, each in enumerate(inner or [plain])]
+    return [tensor for _, tensor in sorted(found, key=lambda each: each[0])]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_an_adapter_on_a_quantised_base(config, base, batch, tmp_path):
+    """Trains, goes off without a trace, saves and loads exactly, and refuses to merge before anything is changed."""
+    torch.manual_seed(0)
+    model = base.load()
+    site = model.model.layers[0].mlp.down_proj
+    assert type(site.weight).__name__ == base.weight
+    of_base = logits(model, batch)
+
+    model = get_peft_model(model, CONFIGS[config]())
+    assert model.peft_config["default"].base_fingerprint is None  # the signs of the weights cannot be read
+    before = bytes_of_base(model)
+    losses = train(model, batch)
+    assert sum(losses[-2:]) < sum(losses[:2])
+    assert all(torch.equal(a, b) for a, b in zip(before, bytes_of_base(model), strict=True))
+    found = logits(model, batch)
+    assert not torch.equal(found, of_base)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), of_base)
+
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base.load(), tmp_path), batch), found)
+
+    for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_and_unload(safe_merge=True)):
+        with pytest.raises(MergeError, match=r"layers\.0\.mlp\.down_proj.*quantised"):
+            merge()
+    assert torch.equal(logits(model, batch), found)
+    assert torch.equal(logits(model.unload(), batch), of_base)
+
+
+def test_after_peft_has_prepared_the_base_for_training(base, batch):
+    """``prepare_model_for_kbit_training`` casts what is not quantised to float32 and turns on checkpointing."""
+    torch.manual_seed(0)
+    model = get_peft_model(prepare_model_for_kbit_training(base.load()), CONFIGS["xpeft"]())
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    losses = train(model, batch)
+    assert sum(losses[-2:]) < sum(losses[:2])
+
+
+def test_only_a_parallel_adapter_can_be_exported(base, batch, tmp_path):
+    """A sequential one reads W x, and the numbers of W are not at hand."""
+    torch.manual_seed(0)
+    model = get_peft_model(base.load(), CONFIGS["bottleneck"]())
+    train(model, batch, steps=2)
+    export_lora(model, tmp_path / "parallel")
+    lora = PeftModel.from_pretrained(base.load(), tmp_path / "parallel")
+    torch.testing.assert_close(logits(lora, batch), logits(model, batch), atol=1e-4, rtol=1e-4)
+    with pytest.raises(MergeError, match="quantised"):
+        export_lora(get_peft_model(base.load(), CONFIGS["xpeft"]()), tmp_path / "sequential")
+    assert not (tmp_path / "sequential").exists()
+
+
+def test_a_profile_moves_between_the_whole_and_the_quantised_base(base, whole, batch, tmp_path):
+    """Loads both ways. Only the whole base has a fingerprint, so a check needs it on both sides."""
+    torch.manual_seed(0)
+    there = get_peft_model(whole(), CONFIGS["xpeft"]())
+    train(there, batch)
+    fingerprint = there.peft_config["default"].base_fingerprint
+    there.save_pretrained(tmp_path / "of the whole")
+    served = PeftModel.from_pretrained(base.load(), tmp_path / "of the whole")
+    assert served.peft_config["default"].base_fingerprint == fingerprint
+    with served.disable_adapter():
+        plain = logits(served, batch)
+    assert not torch.equal(logits(served, batch), plain)
+    served.save_pretrained(tmp_path / "passed on")
+    back = PeftModel.from_pretrained(whole(), tmp_path / "passed on")
+    assert torch.equal(logits(back, batch), logits(there, batch))
+
+    here = get_peft_model(base.load(), CONFIGS["xpeft"]())
+    here.save_pretrained(tmp_path / "of the quantised")
+    moved = PeftModel.from_pretrained(whole(), tmp_path / "of the quantised")
+    assert moved.peft_config["default"].base_fingerprint == fingerprint
