@@ -11,12 +11,13 @@ PeftXMaskError
 │   ├── BaseMismatchError  a profile of another base model
 │   ├── PoolMismatchError  a profile, or a base, of another pool
 │   └── MaskMismatchError  values of another mask
+├── LockedError            another process is writing there
 ├── StaleGraphError        a backward pass through numbers that are not there any more
 └── MissingExtraError      an optional dependency that is not installed
 ```
 
-All but the last two are also ``ValueError``; ``StaleGraphError`` is also ``RuntimeError``, the last also
-``ImportError``.
+All but the last three are also ``ValueError``; ``LockedError`` and ``StaleGraphError`` are also ``RuntimeError``, the
+last also ``ImportError``.
 """
 
 from __future__ import annotations
@@ -70,6 +71,10 @@ class PoolMismatchError(MismatchError):
 
 class MaskMismatchError(MismatchError):
     """Stored values belong to another magnitude mask."""
+
+
+class LockedError(PeftXMaskError, RuntimeError):
+    """Another process is writing the same folder."""
 
 
 class StaleGraphError(PeftXMaskError, RuntimeError):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -157,6 +158,48 @@ def find_folder(
             f"{hub_reason(error, place)}"
         ) from error
     return Folder(Path(root) / inside, place.name)
+
+
+def upload(
+    write: Callable[[Path], None],
+    repo_id: str,
+    *,
+    what: str,
+    filenames: Sequence[str],
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+) -> tuple[str, str]:
+    """Create a Hub repository if need be and upload a folder in one commit; its address, and the place's name.
+
+    Args:
+        write: fills the folder.
+        what: is uploaded, for errors.
+        filenames: names or patterns of files that go from the repository where the folder has none of them.
+
+    Raises:
+        ConfigError: the token may not write there, or there is none.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            write(Path(folder))
+            written = {path.name for path in Path(folder).iterdir()}
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                delete_patterns=[name for name in filenames if name not in written] or None,
+            )
+    except HfHubHTTPError as error:
+        reason = hub_reason(error, HubPath(repo_id, revision))
+        raise ConfigError(f"The {what} could not be pushed to '{repo_id}': {reason}") from error
+    return str(commit.commit_url), HubPath(repo_id, revision).name
 
 
 def hub_reason(error: Exception, place: HubPath) -> str:

@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-import tempfile
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from ..errors import ConfigError, FileFormatError, PoolMismatchError
@@ -26,7 +23,7 @@ from ..files import dtype_from_name, read_tensors, sha256_of_file, write_tensors
 from ..functional import ACTIVATIONS
 from .card import model_card
 from .dtypes import dtype_name
-from .folders import Folder, HubPath, hub_reason
+from .folders import Folder, upload
 from .random import RandomAdapters
 from .sharing import hold
 from .trained import PARTS, SiteTensors, TrainedAdapters
@@ -272,21 +269,13 @@ def upload_pool(
     Raises:
         ConfigError: the token may not write there, or there is none.
     """
-    api = HfApi(token=token)
-    try:
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            write_pool(Path(folder), adapters)
-            commit = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message or f"Upload adapter pool {adapters.fingerprint}",
-                delete_patterns=[name for name in FILENAMES if not (Path(folder) / name).exists()] or None,
-            )
-    except HfHubHTTPError as error:
-        reason = hub_reason(error, HubPath(repo_id, revision))
-        raise ConfigError(f"The pool could not be pushed to '{repo_id}': {reason}") from error
-    return str(commit.commit_url), HubPath(repo_id, revision).name
+    return upload(
+        lambda folder: write_pool(folder, adapters),
+        repo_id,
+        what="pool",
+        filenames=FILENAMES,
+        private=private,
+        token=token,
+        revision=revision,
+        commit_message=commit_message or f"Upload adapter pool {adapters.fingerprint}",
+    )

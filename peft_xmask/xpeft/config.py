@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..files import dtype_from_name
 from ..functional import ESTIMATORS, MASK_NORMS
 from ..pool import AdapterPool
+from .spec import MaskSpec
 
 XPEFT = peft_type("XPEFT")
 
@@ -149,3 +150,20 @@ class XPEFTConfig(SiteConfig):
                 f"top_k={self.top_k} is not possible with {self.num_adapters} adapters in the pool. Expected at most "
                 f"{self.num_adapters}."
             )
+
+    def mask_spec(self, num_sites: int) -> MaskSpec:
+        """What the masks of this config are; its pool has been resolved."""
+        assert self.top_k is not None
+        assert self.scale is not None
+        assert self.mask_norm is not None
+        return MaskSpec(
+            num_profiles=self.num_profiles,
+            num_sites=num_sites,
+            num_adapters=self.num_adapters,
+            mask_type=self.mask_type,
+            top_k=self.top_k,
+            norm=self.mask_norm,
+            estimator=self.estimator,
+            scale=self.scale,
+            learn_gain=self.learn_gain,
+        )

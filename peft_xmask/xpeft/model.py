@@ -20,7 +20,6 @@ from ..sites import Site, same_site
 from ..tuner import SiteTuner
 from .config import XPEFTConfig
 from .layer import XPEFTLayer, XPEFTSite
-from .spec import MaskSpec
 from .state import XPEFTModule
 from .table import MaskTable, begin_forward, end_forward
 
@@ -90,20 +89,7 @@ class XPEFTModel(SiteTuner):
                 self.model.register_forward_pre_hook(begin_forward, with_kwargs=True),
                 self.model.register_forward_hook(end_forward, always_call=True),
             ]
-        assert config.top_k is not None
-        assert config.scale is not None
-        assert config.mask_norm is not None
-        spec = MaskSpec(
-            num_profiles=config.num_profiles,
-            num_sites=len(self._parts),
-            num_adapters=config.num_adapters,
-            mask_type=config.mask_type,
-            top_k=config.top_k,
-            norm=config.mask_norm,
-            estimator=config.estimator,
-            scale=config.scale,
-            learn_gain=config.learn_gain,
-        )
+        spec = config.mask_spec(len(self._parts))
         self.table.add(
             adapter_name,
             spec,
@@ -134,29 +120,30 @@ class XPEFTModel(SiteTuner):
         names = [name for name, _ in self.named_buffers(remove_duplicate=False)]
         return [f"base_model.{name}" for name in names if ".xpeft_sites." in name]
 
-    def set_profile(self, row: int, adapter_name: str | None = None) -> None:
+    def set_profile(self, profile: int | str, adapter_name: str | None = None) -> None:
         """Choose which of an adapter's profiles serves from now on. O(1): no module is visited.
 
         Args:
-            row: from 0 to ``num_profiles - 1``.
+            profile: its row, from 0 to ``num_profiles - 1``; or its name, where the adapter is a bank's.
             adapter_name: None: the active adapter.
 
         Raises:
-            ConfigError: no such row, or the adapter is merged.
+            ConfigError: no such profile, or the adapter is merged.
         """
         if self.table.merged:
             raise ConfigError("Cannot choose a profile while an adapter is merged. Call unmerge_adapter() first.")
-        self.table.set_rows(adapter_name or self.active_adapters[0], row)
+        name = adapter_name or self.active_adapters[0]
+        row = int(self.table.find_rows(name, [profile])[0]) if isinstance(profile, str) else profile
+        self.table.set_rows(name, row)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """``adapter_names`` may be rows of the active adapter, one for each example; in training too.
 
-        A LongTensor or a list of whole numbers; with ``num_beams`` one for each prompt.
+        A LongTensor or a list of whole numbers, -1 for none, or names of profiles, where the adapter is a bank's, and
+        ``"__base__"`` for none; with ``num_beams`` one for each prompt.
         """
-        rows = kwargs.get("adapter_names")
-        if isinstance(rows, (list, tuple)) and rows and all(isinstance(row, int) for row in rows):
-            rows = torch.tensor(rows)
+        rows = self._as_rows(kwargs.get("adapter_names"))
         if not isinstance(rows, Tensor):
             self.table.set_batch_rows(None)
             with super()._enable_peft_forward_hooks(*args, **kwargs):
@@ -166,6 +153,17 @@ class XPEFTModel(SiteTuner):
         _check_rows(rows, self.table.specs[self.active_adapters[0]].num_profiles)
         self.table.set_batch_rows(rows, beams=kwargs.get("num_beams") or 1)
         yield
+
+    def _as_rows(self, names: Any) -> Any:
+        """Rows for what is passed as ``adapter_names``, unless it is None or names of adapters."""
+        if not isinstance(names, (list, tuple)) or not names:
+            return names
+        if all(isinstance(name, int) for name in names):
+            return torch.tensor(names)
+        active = self.active_adapters[0] if self.active_adapters else None
+        if active not in self.table.names or all(name in self.peft_config or name == "__base__" for name in names):
+            return names
+        return self.table.find_rows(active, names)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
@@ -242,10 +240,10 @@ def find_table(model: nn.Module) -> MaskTable:
 
 
 def _check_rows(rows: Tensor, count: int) -> None:
-    expected = f"Expected adapter_names as a LongTensor of rows from 0 to {count - 1}, one for each example"
+    expected = f"Expected adapter_names as a LongTensor of rows from 0 to {count - 1} (-1: none), one for each example"
     if rows.dtype != torch.long or rows.dim() != 1:
         raise ConfigError(f"{expected}; found {rows.dtype} of shape {tuple(rows.shape)}.")
-    known = ((rows >= 0) & (rows < count)).all()
+    known = ((rows >= -1) & (rows < count)).all()
     if torch.compiler.is_compiling():
         require(known, ConfigError(f"{expected}; found another row."))
     elif not known:

@@ -52,7 +52,7 @@ class MaskSpec:
         Raises:
             MaskFormatError: another shape or dtype, masks that are not exactly k of N, numbers that are not finite.
         """
-        self._check_shapes(bits, gain_bits)
+        self.check_shapes(bits, gain_bits)
         if self.mask_type == "hard":
             check_bits(bits, self.num_adapters, self.top_k)
         elif not unpack_halves(bits).isfinite().all():
@@ -67,7 +67,7 @@ class MaskSpec:
             MaskFormatError: another shape or dtype.
             RuntimeError: when the graph runs, for bytes that are no masks.
         """
-        self._check_shapes(bits, gain_bits)
+        self.check_shapes(bits, gain_bits)
         if self.mask_type == "hard":
             ones = unpack_bits(bits, bits.shape[-1] * 8)
             sound = (ones.sum(-1) == self.top_k).all() & ~ones[..., self.num_adapters :].any()
@@ -79,7 +79,12 @@ class MaskSpec:
             sound, MaskFormatError("The bytes of an adapter's masks are not masks of its kind: its file is damaged.")
         )
 
-    def _check_shapes(self, bits: Tensor, gain_bits: Tensor | None) -> None:
+    def check_shapes(self, bits: Tensor, gain_bits: Tensor | None) -> None:
+        """Refuse bytes of another shape or dtype, whatever is in them.
+
+        Raises:
+            MaskFormatError: as said.
+        """
         for name, found, shape in (("bits", bits, self.bits_shape), ("gain_bits", gain_bits, self.gain_shape)):
             if found is None:
                 continue

@@ -81,8 +81,9 @@ class MaskState(nn.Module, XPEFTModule):
         self.logit_scale[adapter_name] = logit_scale
         self.temperature[adapter_name] = temperature
         self.gumbel_noise[adapter_name] = noise
-        logits = torch.randn(spec.num_profiles, math.prod(spec.logits_shape[1:])) * (INIT_STD / logit_scale)
-        gain = torch.zeros(spec.num_profiles, spec.num_sites)
+        rows = spec.num_profiles if trainable else 1
+        logits = torch.randn(rows, math.prod(spec.logits_shape[1:])) * (INIT_STD / logit_scale)
+        gain = torch.zeros(rows, spec.num_sites)
         bits, gain_bits = self.pack(adapter_name, logits, gain)
         if trainable:
             self.xpeft_logits[adapter_name] = Trained(logits)
@@ -90,6 +91,8 @@ class MaskState(nn.Module, XPEFTModule):
             if spec.learn_gain:
                 self.xpeft_gain[adapter_name] = Trained(gain)
                 gain_bits = torch.zeros_like(gain_bits)
+        else:
+            bits, gain_bits = (each.repeat(spec.num_profiles, *[1] * (each.dim() - 1)) for each in (bits, gain_bits))
         self.xpeft_bits[adapter_name] = Shipped(bits)
         if spec.learn_gain:
             self.xpeft_gain_bits[adapter_name] = Shipped(gain_bits)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,16 @@ from torch.utils.hooks import RemovableHandle
 from .._peft import check_adapters_to_merge
 from ..errors import ConfigError, MaskFormatError, PeftXMaskWarning
 from ..functional import pick_rows, require
+from ..holders import Shipped
 from .mixing import Mixing, masks_from_bits, masks_from_logits
 from .state import MaskState, not_finite
+
+
+class Names(Protocol):
+    """Names of rows."""
+
+    def find(self, name: str) -> int | None:
+        """Row of a name; None if there is none."""
 
 
 class MaskTable(MaskState):
@@ -25,6 +35,7 @@ class MaskTable(MaskState):
     def __init__(self) -> None:
         super().__init__()
         self._warned: set[str] = set()
+        self.names: dict[str, Names] = {}
         self._rows: dict[str, int] = {}
         self._row_tensors: dict[str, Tensor] = {}
         self._batch_rows: Tensor | None = None
@@ -47,6 +58,39 @@ class MaskTable(MaskState):
             raise ConfigError(f"Row {row} is not in adapter '{adapter_name}', which has {count} profiles (from 0).")
         self._rows[adapter_name] = row
         self._row_tensors[adapter_name] = torch.tensor([row])
+
+    def serve(self, adapter_name: str, bits: Tensor, gain_bits: Tensor | None, names: Names) -> None:
+        """Let an adapter that is not trained have these bytes, and names for their rows. Nothing is copied.
+
+        Shapes: ``bits [P, 2, S, W]``, ``gain_bits [P, S, 2]``, see :class:`~peft_xmask.xpeft.spec.MaskSpec`.
+        """
+        spec = replace(self.specs[adapter_name], num_profiles=len(bits))
+        spec.check_shapes(bits, gain_bits)
+        device = self.xpeft_bits[adapter_name].weight.device
+        self.specs[adapter_name] = spec
+        self.xpeft_bits[adapter_name] = Shipped(bits.to(device))
+        if gain_bits is not None:
+            self.xpeft_gain_bits[adapter_name] = Shipped(gain_bits.to(device))
+        self.names[adapter_name] = names
+        self._rows.pop(adapter_name, None)
+        self._cache.pop(adapter_name, None)
+
+    def find_rows(self, adapter_name: str, names: Sequence[str]) -> Tensor:
+        """Rows of profiles by name, -1 for ``"__base__"``. Long, ``[len(names)]``.
+
+        Raises:
+            ConfigError: an unknown name, or an adapter whose profiles have none.
+        """
+        if adapter_name not in self.names:
+            raise ConfigError(f"The profiles of adapter '{adapter_name}' have no names. Choose them by row.")
+        rows = [-1 if name == "__base__" else self.names[adapter_name].find(name) for name in names]
+        unknown = sorted({str(name) for name, row in zip(names, rows, strict=True) if row is None})
+        if unknown:
+            raise ConfigError(
+                f"No such profiles in adapter '{adapter_name}', which has {self.specs[adapter_name].num_profiles}: "
+                f"{', '.join(map(repr, unknown[:5]))}{' and others' if len(unknown) > 5 else ''}."
+            )
+        return torch.tensor(rows)
 
     def new_forward(self) -> None:
         """A forward pass begins: masks that depend on chance are drawn anew; a graph being compiled computes all."""
@@ -125,10 +169,10 @@ class MaskTable(MaskState):
         return self.training, graph, self._is_noisy(name), self.temperature[name], self.logit_scale[name]
 
     def _mixing(self, name: str, rows: int | Tensor) -> Mixing:
-        index = None
-        if isinstance(rows, Tensor):
-            rows, index = torch.unique(rows, return_inverse=True)
-        return Mixing(*self._from_either(name, rows), index)
+        if not isinstance(rows, Tensor):
+            return Mixing(*self._from_either(name, rows), index=None)
+        distinct, index = torch.unique(rows, return_inverse=True)
+        return Mixing(*self._from_rows(name, distinct), index)
 
     def _mixing_in_graph(self, name: str) -> Mixing:
         """The masks in force, for ``torch.compile``.
@@ -140,12 +184,17 @@ class MaskTable(MaskState):
             require(~self.xpeft_bits[name].weight.any(), MaskFormatError(_not_taken_in(name)))
         if self._batch_rows is not None:
             rows = self._batch_rows
-            return Mixing(*self._from_either(name, rows), index=torch.arange(rows.shape[0], device=rows.device))
+            return Mixing(*self._from_rows(name, rows), index=torch.arange(rows.shape[0], device=rows.device))
         if self.specs[name].num_profiles == 1:
             return Mixing(*self._from_either(name, None), index=None)
         if name not in self._row_tensors:
             raise ConfigError(_no_profile(name, self.specs[name].num_profiles))
         return Mixing(*self._from_either(name, self._row_tensors[name]), index=None)
+
+    def _from_rows(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`_from_either`; a row of -1 is none, and has a gain of zero."""
+        mask, gain = self._from_either(name, rows.clamp_min(0))
+        return mask, gain * (rows >= 0).to(gain.device).unsqueeze(1)
 
     def _from_either(self, name: str, rows: int | Tensor | None) -> tuple[Tensor, Tensor]:
         return self._from_logits(name, rows) if self.is_trained(name) else self._from_bits(name, rows)
@@ -244,7 +293,7 @@ class MaskTable(MaskState):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
-        notes: list[dict[str, Any]] = [self._rows, self._row_tensors, self._cache, self._noise, self._inbox]
+        notes: list[dict[str, Any]] = [self.names, self._rows, self._row_tensors, self._cache, self._noise, self._inbox]
         for note in notes:
             note.pop(adapter_name, None)
         self._warned.discard(adapter_name)

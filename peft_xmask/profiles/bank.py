@@ -1,0 +1,412 @@
+"""Very many profiles of one pool and base, in one folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from ..errors import BaseMismatchError, ConfigError, FileFormatError, PoolMismatchError
+from ..pool.folders import HubOptions, find_folder, upload
+from ..xpeft import XPEFTConfig
+from ..xpeft.model import find_table
+from ..xpeft.spec import MaskSpec
+from .names import NameIndex, check_name
+from .profile import Profile
+from .storage import BITS, FILENAMES, GAIN_BITS, in_blocks, open_bank, read_config, write_bank
+
+_KIND = ("num_adapters", "bottleneck_size", "mask_type", "top_k", "mask_norm", "learn_gain", "activation", "layer_norm")
+
+
+class ProfileBank:
+    """Profiles by name, mapped from disk: opening a bank of a million reads two headers.
+
+    Its folder is an X-PEFT adapter with P rows, which plain ``PeftModel.from_pretrained`` loads too. Adding and
+    removing change the bank in memory, at a cost that does not depend on how many profiles there are;
+    :meth:`save_pretrained` writes them.
+
+    Args:
+        config: of the profiles: pool, sizes, fingerprints.
+        bits: uint8 ``[P, 2, S, W]``, see :class:`~peft_xmask.xpeft.spec.MaskSpec`.
+        gain_bits: uint8 ``[P, S, 2]``; None where gains are not learnt.
+        names: of the rows, in order.
+        shared: tensors of modules that all profiles share, such as a head, by their name in an adapter's file.
+
+    Raises:
+        ConfigError: a name that cannot be or comes twice, or another number of names than of rows.
+        MaskFormatError: bytes of another shape or dtype. What is in them is checked when a profile is used.
+    """
+
+    def __init__(
+        self,
+        config: XPEFTConfig,
+        bits: Tensor,
+        gain_bits: Tensor | None,
+        names: Sequence[str] | NameIndex,
+        shared: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if bits.dim() != 4:
+            raise FileFormatError(f"Expected masks of shape [P, 2, S, W], found {tuple(bits.shape)}.")
+        self.config = config
+        self.spec = config.mask_spec(bits.shape[2])
+        self.spec.check_shapes(bits, gain_bits)
+        if (gain_bits is None) == config.learn_gain or (gain_bits is not None and len(gain_bits) != len(bits)):
+            raise FileFormatError(
+                f"Expected gains for {len(bits) if config.learn_gain else 0} profiles, as learn_gain="
+                f"{config.learn_gain} says, found {'none' if gain_bits is None else len(gain_bits)}."
+            )
+        self.shared = dict(shared or {})
+        self._bits, self._gain_bits = bits, gain_bits
+        self._index = names if isinstance(names, NameIndex) else NameIndex.build(names)
+        if len(self._index) != len(bits):
+            raise ConfigError(f"Expected a name for each of {len(bits)} profiles, found {len(self._index)}.")
+        self._added: dict[str, Profile] = {}
+        self._removed: set[str] = set()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> ProfileBank:
+        """Open a bank: a folder, or a repository of the Hub.
+
+        An ordinary X-PEFT adapter opens too; its rows are then called ``"0"``, ``"1"`` and so on.
+
+        Raises:
+            ConfigError: no such folder or repository.
+            FileFormatError: files that are missing or damaged, or do not belong together.
+        """
+        folder = find_folder(where, FILENAMES, HubOptions(revision, token, cache_dir), subfolder)
+        config = read_config(folder)
+        content = open_bank(folder)
+        config.num_profiles = len(content.bits)  # the file of masks is written before the config, and says what is so
+        names = content.names or [str(row) for row in range(len(content.bits))]
+        return cls(config, content.bits, content.gain_bits, names, content.shared)
+
+    @classmethod
+    def from_model(cls, model: Any, names: Sequence[str] | None = None) -> ProfileBank:
+        """A bank of what a model's active X-PEFT adapter holds now.
+
+        Args:
+            names: of its rows, in order; None: ``"0"``, ``"1"`` and so on.
+
+        Raises:
+            ConfigError: no such adapter, names that cannot be, or another number of them than of rows.
+        """
+        table = find_table(model)
+        name = next((name for name in model.active_adapters if name in table.specs), None)
+        if name is None:
+            raise ConfigError("Expected a PEFT model whose active adapter is one of X-PEFT, found none.")
+        state = get_peft_model_state_dict(model, adapter_name=name)
+        shared = {key: tensor.cpu().clone() for key, tensor in state.items() if key not in (BITS, GAIN_BITS)}
+        bits, gain_bits = state[BITS].cpu(), state.get(GAIN_BITS)
+        return cls(
+            copy.copy(model.peft_config[name]),
+            bits,
+            None if gain_bits is None else gain_bits.cpu(),
+            names if names is not None else [str(row) for row in range(len(bits))],
+            shared,
+        )
+
+    @classmethod
+    def from_profiles(cls, profiles: Mapping[str, str | os.PathLike[str] | nn.Module]) -> ProfileBank:
+        """A bank of adapters of one profile each: folders, or models that hold one.
+
+        Raises:
+            ConfigError, BaseMismatchError, PoolMismatchError: there is none, or they do not belong together.
+        """
+        if not profiles:
+            raise ConfigError("Expected at least one profile to make a bank of, found none.")
+        first = _single(next(iter(profiles.values())))
+        bank = cls(first.config, first._bits[:0], None if first._gain_bits is None else first._gain_bits[:0], [])
+        bank.shared = first.shared
+        for name, source in profiles.items():
+            bank.add(name, source)
+        return bank
+
+    def __len__(self) -> int:
+        return len(self._index) - len(self._removed) + len(self._added)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self._added or self._row(name) is not None)
+
+    def __iter__(self) -> Iterator[str]:
+        """Names: those of the file in its order, then those that were added."""
+        yield from (name for name in self._index if name not in self._removed)
+        yield from self._added
+
+    def __getitem__(self, name: str) -> Profile:
+        """A profile by name, checked.
+
+        Raises:
+            KeyError: no such profile.
+            MaskFormatError: its bytes are no masks.
+        """
+        if name in self._added:
+            return self._added[name]
+        row = self._row(name)
+        if row is None:
+            raise KeyError(f"No profile {name!r} in this bank of {len(self)}.")
+        gain_bits = None if self._gain_bits is None else self._gain_bits[row].clone()
+        profile = Profile(self._bits[row].clone(), gain_bits)
+        _check(profile, self.spec)
+        return profile
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return (
+            f"ProfileBank({len(self):,} profiles, {spec.num_sites} sites, {spec.mask_type} masks over "
+            f"{spec.num_adapters} adapters, pool {self.config.pool_fingerprint})"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of masks and gains of one profile."""
+        gains = 0 if self._gain_bits is None else 2 * self.spec.num_sites
+        return 2 * self.spec.num_sites * self.spec.bits_shape[-1] + gains
+
+    def add(self, name: str, profile: Profile | str | os.PathLike[str] | nn.Module) -> None:
+        """Enter a profile, or put another one in the place of that of this name.
+
+        Args:
+            profile: masks; or the folder of an adapter with one profile, or a model that has one (its active adapter),
+                whose pool, base and settings must be those of the bank. A head that comes with it must be the bank's.
+
+        Raises:
+            ConfigError: a name that cannot be, several profiles, other settings, or another head.
+            BaseMismatchError, PoolMismatchError, MaskFormatError: it does not belong here.
+        """
+        check_name(name)
+        if not isinstance(profile, Profile):
+            other = _single(profile)
+            self._check_kind(other)
+            profile = other[next(iter(other))]
+        _check(profile, self.spec)
+        if self._row(name) is not None:
+            self._removed.add(name)
+        self._added[name] = profile
+
+    def remove(self, name: str) -> None:
+        """Forget a profile.
+
+        Raises:
+            KeyError: no such profile.
+        """
+        if name in self._added:
+            del self._added[name]
+        elif self._row(name) is not None:
+            self._removed.add(name)
+        else:
+            raise KeyError(f"No profile {name!r} in this bank of {len(self)}.")
+
+    def select(self, names: Iterable[str]) -> ProfileBank:
+        """A bank of some of the profiles, in this order.
+
+        Raises:
+            KeyError: no such profile.
+            ConfigError: a name comes twice.
+        """
+        wanted = list(names)
+        profiles = [self[name] for name in wanted]
+        return self._with(
+            _stacked([profile.bits for profile in profiles], self._bits),
+            None
+            if self._gain_bits is None
+            else _stacked([each.gain_bits for each in profiles if each.gain_bits is not None], self._gain_bits),
+            wanted,
+        )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the bank, also over itself: whoever holds the old one goes on with it, and a crash leaves it whole.
+
+        Raises:
+            LockedError: another process is writing there.
+        """
+        write_merged([self], Path(folder))
+
+    @classmethod
+    def merge(
+        cls, banks: Sequence[ProfileBank | str | os.PathLike[str]], folder: str | os.PathLike[str]
+    ) -> ProfileBank:
+        """Write several banks as one and open it. Masks stream from file to file; names are held in memory.
+
+        Raises:
+            ConfigError: no banks, a name in two of them, other settings, or other heads.
+            BaseMismatchError, PoolMismatchError: they do not belong together.
+            LockedError: another process is writing there.
+        """
+        opened = [bank if isinstance(bank, ProfileBank) else cls.from_pretrained(bank) for bank in banks]
+        if not opened:
+            raise ConfigError("Expected at least one bank to merge, found none.")
+        for other in opened[1:]:
+            opened[0]._check_kind(other)
+        write_merged(opened, Path(folder))
+        return cls.from_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the bank in one commit; the commit's address.
+
+        Raises:
+            ConfigError: the token may not write there, or there is none.
+        """
+        address, _ = upload(
+            self.save_pretrained,
+            repo_id,
+            what="bank",
+            filenames=FILENAMES,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message or f"Upload a bank of {len(self)} profiles",
+        )
+        return address
+
+    def attach(self, model: nn.Module, adapter_name: str = "bank") -> PeftModel:
+        """Serve the bank: an X-PEFT adapter of P rows, whose masks stay where the bank has them.
+
+        Then ``model.set_profile("alice")`` chooses for whole batches, ``adapter_names=["alice", "bob", "__base__"]``
+        for each example. Names are those of this moment: profiles added to the bank later are not known to the model.
+
+        Args:
+            model: the base, or a PeftModel on it that does not have an adapter of this name.
+
+        Raises:
+            ConfigError: an adapter of this name exists, or the bank is empty.
+            BaseMismatchError, PoolMismatchError: the bank is of another base or pool.
+        """
+        if not len(self):
+            raise ConfigError("Expected a bank with profiles, found an empty one.")
+        bits, gain_bits, names = self._bits, self._gain_bits, self._index
+        if self._added or self._removed:
+            bits, gain_bits, names = self._compacted()
+        config = copy.copy(self.config)
+        config.num_profiles, config.inference_mode = 1, True
+        if isinstance(model, PeftModel):
+            if adapter_name in model.peft_config:
+                raise ConfigError(f"The model has an adapter '{adapter_name}' already. Choose another adapter_name.")
+            model.add_adapter(adapter_name, config)
+            model.set_adapter(adapter_name, inference_mode=True)
+        else:
+            model = get_peft_model(model, config, adapter_name=adapter_name)
+        first = {BITS: bits[:1], **({} if gain_bits is None else {GAIN_BITS: gain_bits[:1]})}
+        set_peft_model_state_dict(model, {**self.shared, **first}, adapter_name=adapter_name)
+        model.peft_config[adapter_name].num_profiles = len(bits)  # type: ignore[attr-defined]
+        find_table(model).serve(adapter_name, bits, gain_bits, names)
+        return model.eval()
+
+    def _row(self, name: str) -> int | None:
+        return None if name in self._removed else self._index.find(name)
+
+    def _with(self, bits: Tensor, gain_bits: Tensor | None, names: Sequence[str]) -> ProfileBank:
+        config = copy.copy(self.config)
+        config.num_profiles = len(bits)
+        return ProfileBank(config, bits, gain_bits, names, self.shared)
+
+    def _kept(self) -> Tensor | None:
+        """Rows of the file that were not removed; None: all of them."""
+        if not self._removed:
+            return None
+        gone = torch.tensor(sorted(row for name in self._removed if (row := self._index.find(name)) is not None))
+        keep = torch.ones(len(self._index), dtype=torch.bool)
+        keep[gone] = False
+        return keep.nonzero().view(-1)
+
+    def _blocks(self, bits: bool) -> Iterator[Tensor]:
+        """The rows of the bank as it is now, a few megabytes at a time."""
+        stored = self._bits if bits else self._gain_bits
+        assert stored is not None
+        yield from in_blocks(stored, self._kept())
+        for profile in self._added.values():
+            row = profile.bits if bits else profile.gain_bits
+            assert row is not None
+            yield row.unsqueeze(0)
+
+    def _compacted(self) -> tuple[Tensor, Tensor | None, NameIndex]:
+        bits = torch.cat(list(self._blocks(True)))
+        gain_bits = None if self._gain_bits is None else torch.cat(list(self._blocks(False)))
+        return bits, gain_bits, NameIndex.build(self)
+
+    def _check_kind(self, other: ProfileBank) -> None:
+        mine, theirs = self.config, other.config
+        for field, error in (("pool_fingerprint", PoolMismatchError), ("base_fingerprint", BaseMismatchError)):
+            if getattr(mine, field) != getattr(theirs, field):
+                raise error(
+                    f"Expected profiles with {field}={getattr(mine, field)!r}, as this bank has, found "
+                    f"{getattr(theirs, field)!r}. Profiles serve the base and pool they were trained on.",
+                    expected=getattr(mine, field),
+                    found=getattr(theirs, field),
+                )
+        fields = [*_KIND, "insertion_form", *([] if mine.learn_gain else ["scale"])]
+        other_fields = [name for name in fields if getattr(mine, name) != getattr(theirs, name)]
+        if other_fields or self.spec.num_sites != other.spec.num_sites:
+            said = ", ".join(f"{name}={getattr(theirs, name)!r} (not {getattr(mine, name)!r})" for name in other_fields)
+            raise ConfigError(
+                f"Expected profiles like those of this bank, found {said or f'{other.spec.num_sites} sites'}."
+            )
+        if other.shared and not _same_tensors(self.shared, other.shared):
+            raise ConfigError(
+                "Expected the head that all profiles of this bank share, found another one. A bank holds masks for one "
+                "head: train profiles with the head fixed, or keep them as adapters of their own."
+            )
+
+
+def write_merged(banks: Sequence[ProfileBank], folder: Path) -> None:
+    """Write banks that belong together as one."""
+    first = banks[0]
+    index = first._index
+    if len(banks) > 1 or first._added or first._removed:
+        index = NameIndex.build(name for bank in banks for name in bank)
+    config = copy.copy(first.config)
+    config.num_profiles = len(index)
+    config.inference_mode = True
+    parts: dict[str, tuple[tuple[int, ...], Iterable[Tensor]]] = {}
+    blocks = (block for bank in banks for block in bank._blocks(True))
+    parts[BITS] = ((len(index), *first.spec.bits_shape[1:]), blocks)
+    if first._gain_bits is not None:
+        gain_shape = (len(index), *first.spec.gain_shape[1:])
+        parts[GAIN_BITS] = (gain_shape, (block for bank in banks for block in bank._blocks(False)))
+    write_bank(folder, config, index, parts, first.shared)
+
+
+def _single(source: str | os.PathLike[str] | nn.Module) -> ProfileBank:
+    """A bank of the one profile of an adapter."""
+    bank = ProfileBank.from_model(source) if isinstance(source, nn.Module) else ProfileBank.from_pretrained(source)
+    if len(bank) != 1:
+        raise ConfigError(
+            f"Expected an adapter with one profile, found {len(bank)}. Merge banks with ProfileBank.merge."
+        )
+    return bank
+
+
+def _check(profile: Profile, spec: MaskSpec) -> None:
+    gain_bits = None if profile.gain_bits is None else profile.gain_bits.unsqueeze(0)
+    if (gain_bits is None) == spec.learn_gain:
+        raise FileFormatError(f"Expected a profile with learn_gain={spec.learn_gain}, found another.")
+    spec.check(profile.bits.unsqueeze(0), gain_bits)
+
+
+def _stacked(rows: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.stack(list(rows)) if rows else like[:0].clone()
+
+
+def _same_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key].cpu(), second[key].cpu()) for key in first)

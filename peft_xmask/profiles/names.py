@@ -1,0 +1,155 @@
+"""Names of profiles and the rows they stand for: an index that is looked up where it lies on disk.
+
+For row i, ``names[ends[i - 1] : ends[i]]`` is its name in UTF-8. ``hashes`` are those of all names in ascending order,
+``rows`` the row of each. The hash of a name is the first eight bytes of its BLAKE2b (digest size 8), little-endian,
+signed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, FileFormatError
+
+BASE = "__base__"
+"""What PEFT calls no adapter at all, and so no name of a profile."""
+
+MAX_BYTES = 1024
+TENSORS: Mapping[str, torch.dtype] = {
+    "hashes": torch.int64,
+    "rows": torch.int32,
+    "ends": torch.int64,
+    "names": torch.uint8,
+}
+
+
+def check_name(name: object) -> bytes:
+    """The UTF-8 of a name.
+
+    Raises:
+        ConfigError: not a string of 1 to 1,024 bytes of UTF-8, or ``"__base__"``.
+    """
+    if not isinstance(name, str):
+        raise ConfigError(f"Expected the name of a profile as a string, found {name!r}.")
+    try:
+        encoded = name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"Expected a name that can be written in UTF-8, found {name!r}: {error.reason}.") from error
+    if not 1 <= len(encoded) <= MAX_BYTES or name == BASE:
+        shown = name if len(name) <= 40 else f"{name[:40]}..."
+        raise ConfigError(
+            f"Expected a name of 1 to {MAX_BYTES} bytes of UTF-8 other than '{BASE}', found {shown!r} of "
+            f"{len(encoded)} bytes."
+        )
+    return encoded
+
+
+class NameIndex:
+    """Names in the order of their rows. Looking one up touches a few pages of the file, whatever their number.
+
+    Args:
+        tensors: by name, as in :data:`TENSORS`; all but ``names`` of length P.
+
+    Raises:
+        FileFormatError: other tensors, dtypes or lengths.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        found = {name: (tensor.dtype, tensor.dim()) for name, tensor in tensors.items()}
+        lengths = {len(tensors[name]) for name in ("hashes", "rows", "ends") if name in tensors}
+        if found != {name: (dtype, 1) for name, dtype in TENSORS.items()} or len(lengths) != 1:
+            raise FileFormatError(
+                f"Expected the tensors {', '.join(f'{k} ({v})' for k, v in TENSORS.items())} of one dimension and, but "
+                f"for names, one length; found {found} with lengths {sorted(lengths)}. The file is damaged."
+            )
+        self.tensors = dict(tensors)
+        self._hashes, self._rows, self._ends, self._names = (tensors[name].numpy() for name in TENSORS)
+        if len(self) and int(self._ends[-1]) != len(self._names):
+            raise FileFormatError(
+                f"Expected {int(self._ends[-1])} bytes of names, found {len(self._names)}. The file is damaged."
+            )
+
+    @classmethod
+    def build(cls, names: Iterable[str]) -> NameIndex:
+        """An index of names, the first being that of row 0.
+
+        Raises:
+            ConfigError: a name that cannot be, or one that comes twice.
+        """
+        encoded = [check_name(name) for name in names]
+        _refuse_twins(encoded)
+        hashes = np.fromiter((_hash(name) for name in encoded), dtype=np.int64, count=len(encoded))
+        order = np.argsort(hashes, kind="stable")
+        ends = np.cumsum(np.fromiter((len(name) for name in encoded), dtype=np.int64, count=len(encoded)))
+        return cls(
+            {
+                "hashes": torch.from_numpy(hashes[order]),
+                "rows": torch.from_numpy(order.astype(np.int32)),
+                "ends": torch.from_numpy(ends.astype(np.int64)),
+                "names": torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
+                if encoded
+                else torch.empty(0, dtype=torch.uint8),
+            }
+        )
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __iter__(self) -> Iterator[str]:
+        return (self.name(row) for row in range(len(self)))
+
+    def name(self, row: int) -> str:
+        """Name of a row.
+
+        Raises:
+            FileFormatError: its bytes are not UTF-8, or lie nowhere.
+        """
+        start, end = int(self._ends[row - 1]) if row else 0, int(self._ends[row])
+        if not 0 <= start < end <= len(self._names):
+            raise FileFormatError(
+                f"Expected a name for row {row}, found the bytes {start} to {end}. The file is damaged."
+            )
+        try:
+            return self._names[start:end].tobytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FileFormatError(f"Expected the name of row {row} in UTF-8, found other bytes: {error}.") from error
+
+    def find(self, name: str) -> int | None:
+        """Row of a name; None if there is none."""
+        try:
+            encoded = name.encode("utf-8")
+        except (UnicodeEncodeError, AttributeError):
+            return None
+        wanted = np.int64(_hash(encoded))
+        at = int(np.searchsorted(self._hashes, wanted))
+        while at < len(self._hashes) and self._hashes[at] == wanted:
+            row = int(self._rows[at])
+            if 0 <= row < len(self) and self._bytes(row) == encoded:
+                return row
+            at += 1
+        return None
+
+    def _bytes(self, row: int) -> bytes:
+        start, end = int(self._ends[row - 1]) if row else 0, int(self._ends[row])
+        found: bytes = self._names[start:end].tobytes()
+        return found
+
+
+def _hash(encoded: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little", signed=True)
+
+
+def _refuse_twins(encoded: Sequence[bytes]) -> None:
+    if len(set(encoded)) == len(encoded):
+        return
+    first: dict[bytes, int] = {}
+    for row, name in enumerate(encoded):
+        if first.setdefault(name, row) != row:
+            raise ConfigError(
+                f"Expected each name once, found {name.decode()!r} for rows {first[name]} and {row}. Rename one."
+            )

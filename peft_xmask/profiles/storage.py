@@ -1,0 +1,208 @@
+"""A bank's folder: an ordinary X-PEFT adapter of P rows, and the names of the rows. See docs/bank-format.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import safetensors
+import torch
+from torch import Tensor
+
+from ..errors import FileFormatError, LockedError
+from ..files import write_atomically, write_tensors, write_text
+from ..integrations.card import complete_card
+from ..pool.folders import CONFIG_FILE, Folder
+from ..size import ADAPTER_FILE
+from ..xpeft import XPEFTConfig
+from .names import NameIndex
+
+BITS = "base_model.model.mask_table.xpeft_bits.weight"
+GAIN_BITS = "base_model.model.mask_table.xpeft_gain_bits.weight"
+NAMES_PATTERN = "profiles-*.safetensors"
+FILENAMES = (CONFIG_FILE, ADAPTER_FILE, NAMES_PATTERN, "README.md")
+LOCK_FILE = ".bank.lock"
+VERSION = "1"
+_VERSION_KEY, _NAMES_KEY = "bank_version", "bank_names"
+_BYTES = torch.uint8
+_DTYPES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.int64": "I64",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}
+_LOOKS = 5
+_BLOCK = 1 << 24  # bytes that are written at once
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a bank's files hold.
+
+    Attributes:
+        bits: uint8 ``[P, 2, S, W]``.
+        gain_bits: uint8 ``[P, S, 2]``, or None.
+        shared: tensors of modules saved whole, such as a head, by their name in the file.
+        names: of the rows; None in an ordinary adapter.
+    """
+
+    bits: Tensor
+    gain_bits: Tensor | None
+    shared: Mapping[str, Tensor]
+    names: NameIndex | None
+
+
+def read_config(folder: Folder) -> XPEFTConfig:
+    """The config of a bank's folder.
+
+    Raises:
+        FileFormatError: missing, or not that of an X-PEFT adapter.
+    """
+    found = folder.read_json(CONFIG_FILE).get("peft_type")
+    if found != "XPEFT":
+        raise FileFormatError(f"Expected the folder of an X-PEFT adapter at '{folder.path}', found one of {found!r}.")
+    config: XPEFTConfig = XPEFTConfig.from_pretrained(str(folder.path))
+    return config
+
+
+def open_bank(folder: Folder) -> Content:
+    """Map a bank's files into memory. Nothing is read but their headers; pages come as they are touched.
+
+    Raises:
+        FileFormatError: a file that is missing or damaged, or files that do not belong together.
+    """
+    for _ in range(_LOOKS):
+        tensors, metadata = _mapped(folder.path / ADAPTER_FILE)
+        if (folder.path / metadata.get(_NAMES_KEY, "")).exists():
+            break  # else a writer replaced the bank in between, and its names are other ones
+    if BITS not in tensors:
+        raise FileFormatError(f"Expected '{BITS}' in '{folder.path / ADAPTER_FILE}', found {sorted(tensors)}.")
+    names = None
+    if (name := metadata.get(_NAMES_KEY)) is not None:
+        if metadata.get(_VERSION_KEY) != VERSION or Path(name).name != name or not Path(name).match(NAMES_PATTERN):
+            raise FileFormatError(
+                f"Expected a bank of version {VERSION} with its names in a file {NAMES_PATTERN}, found version "
+                f"{metadata.get(_VERSION_KEY)!r} and {name!r}. Update peft_xmask, or fetch the bank again."
+            )
+        names = NameIndex(_mapped(folder.path / name)[0])
+        if len(names) != len(tensors[BITS]):
+            raise FileFormatError(
+                f"Expected names for the {len(tensors[BITS])} profiles of '{folder.path}', found {len(names)}."
+            )
+    shared = {key: tensor for key, tensor in tensors.items() if key not in (BITS, GAIN_BITS)}
+    return Content(tensors[BITS], tensors.get(GAIN_BITS), shared, names)
+
+
+def write_bank(
+    folder: Path,
+    config: XPEFTConfig,
+    names: NameIndex,
+    parts: Mapping[str, tuple[tuple[int, ...], Iterable[Tensor]]],
+    shared: Mapping[str, Tensor],
+) -> None:
+    """Write a bank. Until the file of masks is renamed over the old one, the old bank is what readers find.
+
+    Args:
+        config: with ``num_profiles`` as it is to be.
+        parts: uint8 tensors of the file by name: their shapes, and their rows in blocks.
+        shared: tensors saved whole.
+
+    Raises:
+        LockedError: another process is writing there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder):
+        names_file = f"profiles-{_digest(names)}.safetensors"
+        write_tensors(folder / names_file, names.tensors)
+        metadata = {"format": "pt", _VERSION_KEY: VERSION, _NAMES_KEY: names_file}
+        write_atomically(folder / ADAPTER_FILE, lambda path: _write_stream(path, parts, shared, metadata))
+        with tempfile.TemporaryDirectory() as beside:
+            config.save_pretrained(beside)
+            write_text(folder / CONFIG_FILE, (Path(beside) / CONFIG_FILE).read_text(encoding="utf-8"))
+        complete_card(folder, config)
+        for stale in folder.glob(NAMES_PATTERN):
+            if stale.name != names_file:
+                stale.unlink(missing_ok=True)
+
+
+def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise FileFormatError(f"Expected a file '{path}', found none. Fetch or write the bank again.")
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise FileFormatError(
+            f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file: {error}. It may be truncated "
+            "or damaged; fetch or write it again."
+        ) from error
+
+
+def _digest(names: NameIndex) -> str:
+    hasher = hashlib.sha256()
+    for name in ("ends", "names"):
+        hasher.update(names.tensors[name].contiguous().numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    lock = filelock.FileLock(folder / LOCK_FILE, blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise LockedError(f"Another process is writing the bank '{folder}'. Try again when it is done.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _write_stream(
+    path: Path,
+    parts: Mapping[str, tuple[tuple[int, ...], Iterable[Tensor]]],
+    shared: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """A safetensors file, written from front to back: shared tensors, which may have any alignment, come first."""
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(shared.items())}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name, tensor in ready.items():
+        header[name] = _entry(_DTYPES[str(tensor.dtype)], tuple(tensor.shape), at, at := at + tensor.nbytes)
+    for name, (shape, _) in parts.items():
+        size = 1
+        for length in shape:
+            size *= length
+        header[name] = _entry("U8", shape, at, at := at + size)
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as stream:
+        stream.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in ready.values():
+            stream.write(tensor.flatten().view(_BYTES).numpy().tobytes())
+        for _, blocks in parts.values():
+            for block in blocks:
+                stream.write(block.contiguous().numpy().tobytes())
+
+
+def _entry(dtype: str, shape: tuple[int, ...], start: int, end: int) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+
+
+def in_blocks(tensor: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
+    """Rows of a tensor a few megabytes at a time; None: all of them."""
+    count = len(tensor) if rows is None else len(rows)
+    step = max(1, _BLOCK // max(1, tensor[:1].nbytes))
+    for start in range(0, count, step):
+        yield tensor[start : start + step] if rows is None else tensor.index_select(0, rows[start : start + step])

@@ -1,0 +1,152 @@
+"""A bank in a model: by name, by row, mixed in one batch, in training mode and in generate."""
+
+import gc
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+from peft_xmask import XPEFTConfig
+from peft_xmask.errors import BaseMismatchError, ConfigError
+from peft_xmask.profiles import ProfileBank
+
+
+def logits(model, batch, **kwargs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**batch, **kwargs).logits
+
+
+@pytest.fixture
+def saved(bank, tmp_path) -> ProfileBank:
+    bank.save_pretrained(tmp_path)
+    return ProfileBank.from_pretrained(tmp_path)
+
+
+@pytest.fixture
+def expected(many_profiles, bank, tiny_batch) -> dict[str, torch.Tensor]:
+    """What each profile says to the batch, and the base with the same head."""
+    model = many_profiles()
+    found = {}
+    for row, name in enumerate(bank):
+        model.set_profile(row)
+        found[name] = logits(model, tiny_batch)
+    with model.disable_adapter():
+        found["__base__"] = logits(model, tiny_batch)
+    return found
+
+
+@pytest.mark.parametrize("how", ["base", "beside another adapter"])
+def test_profiles_are_chosen_by_name(how, saved, expected, tiny_bert, tiny_batch):
+    model = tiny_bert()
+    if how == "beside another adapter":
+        model = get_peft_model(model, XPEFTConfig(task_type="SEQ_CLS", num_adapters=8, bottleneck_size=2))
+    served = saved.attach(model)
+    for name in saved:
+        served.set_profile(name)
+        assert torch.equal(logits(served, tiny_batch), expected[name])
+    assert served.peft_config["bank"].num_profiles == 5
+    with pytest.raises(ConfigError, match="'nobody'"):
+        served.set_profile("nobody")
+
+
+def test_each_example_may_have_its_own(saved, expected, tiny_bert, tiny_batch):
+    served = saved.attach(tiny_bert())
+    names = ["张伟", "ann", "ann.b", "ann"]
+    together = logits(served, tiny_batch, adapter_names=names)
+    torch.testing.assert_close(together, torch.stack([expected[name][i] for i, name in enumerate(names)]))
+    by_row = logits(served, tiny_batch, adapter_names=torch.tensor([4, 0, 3, 0]))
+    assert torch.equal(by_row, together)
+    assert torch.equal(logits(served, tiny_batch, adapter_names=[4, 0, 3, 0]), together)
+
+
+def test_some_examples_may_have_none(saved, expected, tiny_bert, tiny_batch):
+    served = saved.attach(tiny_bert())
+    names = ["ann", "__base__", "bob", "__base__"]
+    together = logits(served, tiny_batch, adapter_names=names)
+    torch.testing.assert_close(together, torch.stack([expected[name][i] for i, name in enumerate(names)]))
+    assert torch.equal(together, logits(served, tiny_batch, adapter_names=[0, -1, 1, -1]))
+
+
+def test_unknown_names_are_refused_before_anything_runs(saved, tiny_bert, tiny_batch):
+    served = saved.attach(tiny_bert())
+    for names, words in (
+        (["ann", "nobody", "bob", "x"], "'nobody', 'x'"),
+        (["ann", "bob"], "got 2 and 4"),
+        ([0, 1, 5, 0], "rows from 0 to 4"),
+        ([0, -2, 1, 0], "rows from 0 to 4"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            served(**tiny_batch, adapter_names=names)
+
+
+def test_a_bank_of_another_base_or_name_is_refused(saved, tiny_bert):
+    with pytest.raises(BaseMismatchError):
+        saved.attach(tiny_bert(seed=1))
+    served = saved.attach(tiny_bert())
+    with pytest.raises(ConfigError, match="'bank' already"):
+        saved.attach(served)
+    with pytest.raises(ConfigError, match="empty"):
+        saved.select([]).attach(tiny_bert())
+
+
+def test_edits_are_served_and_do_not_reach_models_served_before(saved, expected, tiny_bert, tiny_batch):
+    before = saved.attach(tiny_bert())
+    saved.add("twin", saved["bob"])
+    saved.remove("ann")
+    after = saved.attach(tiny_bert())
+    after.set_profile("twin")
+    assert torch.equal(logits(after, tiny_batch), expected["bob"])
+    for model, name in ((before, "twin"), (after, "ann")):
+        with pytest.raises(ConfigError, match=f"'{name}'"):
+            model.set_profile(name)
+
+
+def test_a_million_rows_are_served_from_where_they_lie(saved, tiny_bert, tiny_batch, tmp_path):
+    """Attaching copies nothing: the model's bytes are the bank's."""
+    served = saved.attach(tiny_bert())
+    assert served.base_model.table.xpeft_bits["bank"].weight.data_ptr() == saved._bits.data_ptr()
+    del served
+    gc.collect()
+
+
+def llama() -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
+    return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2, pad_token_id=0, eos_token_id=None)).eval()
+
+
+def t5() -> torch.nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, initializer_factor=5.0)
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, eos_token_id=None)).eval()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(("make", "task"), [(llama, "CAUSAL_LM"), (t5, "SEQ_2_SEQ_LM")])
+def test_generating_for_different_profiles(make, task, beams):
+    config = XPEFTConfig(task_type=task, num_adapters=12, bottleneck_size=8, scale=2.0, num_profiles=3)
+    torch.manual_seed(2)
+    model = get_peft_model(make(), config)
+    with torch.no_grad():
+        model.base_model.table.xpeft_logits["default"].weight.normal_(std=0.1)
+    served = ProfileBank.from_model(model, ["ann", "bob", "carol"]).attach(make())
+    prompt = torch.randint(3, 40, (1, 5), generator=torch.Generator().manual_seed(3))
+
+    def written(prompts: torch.Tensor, **kwargs) -> torch.Tensor:
+        return served.generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=6, num_beams=beams,
+            do_sample=False, **kwargs,
+        )  # fmt: skip
+
+    alone = {}
+    for name in ("ann", "bob", "carol"):
+        served.set_profile(name)
+        alone[name] = written(prompt)[0]
+    alone["__base__"] = make().generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, num_beams=beams, do_sample=False
+    )[0]
+    names = ["carol", "__base__", "ann", "carol"]
+    mixed = written(prompt.repeat(4, 1), adapter_names=names)
+    assert torch.equal(mixed, torch.stack([alone[name] for name in names]))
+    assert len({tuple(row.tolist()) for row in alone.values()}) > 2
