@@ -32,7 +32,7 @@ def pack_bits(selected: Tensor) -> Tensor:
     *batch, num_adapters = selected.shape
     padded = torch.nn.functional.pad(selected.to(torch.uint8), (0, -num_adapters % 8))
     weights = torch.tensor(_BYTE_WEIGHTS, dtype=torch.uint8, device=selected.device)
-    return (padded.view(*batch, -1, 8) * weights).sum(-1, dtype=torch.uint8)
+    return (padded.view(*batch, packed_size(num_adapters), 8) * weights).sum(-1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, num_adapters: int) -> Tensor:

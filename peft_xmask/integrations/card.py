@@ -42,10 +42,16 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoModel",
 }
-TAGS = {"XPEFT": "x-peft", "BOTTLENECK_ADAPTER": "bottleneck-adapter", "MAGNITUDE_MASK": "magnitude-mask"}
+TAGS = {
+    "XPEFT": "x-peft",
+    "BOTTLENECK_ADAPTER": "bottleneck-adapter",
+    "MAGNITUDE_MASK": "magnitude-mask",
+    "WEIGHT_ADAPTER": "weight-adapter",
+}
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 _HEAD = re.compile(r"(^|\.)(classifier|score|classifier\.out_proj)\.weight$")
 _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_EMPTY = "---\nlibrary_name: peft\n---\n"
 _GENERATED = re.compile(r"\s*|### Framework versions|- PEFT \S+|.*model card has been automatically generated\.")
 
 
@@ -65,7 +71,7 @@ def complete_card(folder: Path, config: TargetConfig, adapter_id: str | None = N
     if not all((folder / name).is_file() for name in (ADAPTER_FILE, CONFIG_FILE)):
         return
     try:
-        card = ModelCard(path.read_text(encoding="utf-8-sig") if path.is_file() else "")
+        card = ModelCard(path.read_text(encoding="utf-8-sig") if path.is_file() else _EMPTY)
         section = "\n".join([*_how_to_load(folder, config, adapter_id), "", *_table(folder, config), "", END])
         _complete_metadata(card.data, config)
         card.text = _with_section(card.text, section)

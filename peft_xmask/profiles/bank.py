@@ -17,6 +17,7 @@ from ..pool.folders import HubOptions, find_folder, upload
 from ..xpeft import XPEFTConfig
 from ..xpeft.model import find_table
 from ..xpeft.spec import MaskSpec
+from .archive import read_archive, write_archive
 from .names import NameIndex, check_name
 from .profile import Profile
 from .storage import BITS, FILENAMES, GAIN_BITS, in_blocks, open_bank, read_config, write_bank
@@ -234,6 +235,23 @@ class ProfileBank:
             LockedError: another process is writing there.
         """
         write_merged([self], Path(folder))
+
+    def save_archive(self, path: str | os.PathLike[str]) -> None:
+        """Write the bank as one file, hard masks at the information bound: smaller, and to be decoded before use.
+
+        Raises:
+            ConfigError: soft masks, which have no such bound.
+        """
+        write_archive(self, Path(path))
+
+    @classmethod
+    def from_archive(cls, path: str | os.PathLike[str]) -> ProfileBank:
+        """Read a bank from :meth:`save_archive`, into memory.
+
+        Raises:
+            FileFormatError, MaskFormatError: it is damaged, or something else.
+        """
+        return cls(*read_archive(Path(path)))
 
     @classmethod
     def merge(

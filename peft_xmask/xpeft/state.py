@@ -66,6 +66,10 @@ class MaskState(nn.Module, XPEFTModule):
         """None: the table wraps no module."""
         return None
 
+    def forward(self, x: Any) -> Any:
+        """Pass on what a root that runs its children one after another (``nn.Sequential``) hands to each of them."""
+        return x
+
     def add(
         self,
         adapter_name: str,

@@ -252,3 +252,43 @@ def test_a_writer_that_is_killed_leaves_a_whole_bank(bank, tmp_path):
         assert all(after[name] == bank["ann"] for name in after if name.startswith("new"))
     after.save_pretrained(tmp_path)  # the lock of a killed process is free
     assert len(list(tmp_path.glob("profiles-*.safetensors"))) == 1
+
+
+def test_an_archive_holds_the_same_bank_in_fewer_bytes(bank, tiny_bert, tiny_batch, tmp_path):
+    bank.save_archive(tmp_path / "bank.archive")
+    found = ProfileBank.from_archive(tmp_path / "bank.archive")
+    assert same(found, bank)
+    outputs = []
+    for each in (bank, found):
+        model = each.attach(tiny_bert())
+        with torch.no_grad():
+            outputs.append(model(**tiny_batch, adapter_names=["ann", "bob", "Zoë", "__base__"]).logits)
+    assert torch.equal(*outputs)
+    with safe_open(str(tmp_path / "bank.archive"), framework="pt") as opened:
+        assert opened.get_slice("coded").get_shape() == [5, 14]  # 6 masks of C(20, 10), as bits 18 bytes
+
+
+def test_a_damaged_archive_is_refused(bank, many_profiles, tmp_path):
+    path = tmp_path / "bank.archive"
+    bank.save_archive(path)
+    whole = path.read_bytes()
+    bank.save_pretrained(tmp_path / "folder")
+    (tmp_path / "folder" / MODEL).replace(tmp_path / "other.archive")
+    with pytest.raises(FileFormatError, match="version"):
+        ProfileBank.from_archive(tmp_path / "other.archive")
+    path.write_bytes(whole[:-5])
+    with pytest.raises(FileFormatError, match="not a readable"):
+        ProfileBank.from_archive(path)
+    path.write_bytes(whole)
+    tensors = load_file(path)
+    with safe_open(str(path), framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    save_file({**tensors, "coded": torch.full_like(tensors["coded"], 255)}, path, metadata=metadata)
+    with pytest.raises(MaskFormatError, match="profile 0"):
+        ProfileBank.from_archive(path)
+    save_file(tensors, path, metadata={**metadata, "config": "{"})
+    with pytest.raises(FileFormatError, match="damaged"):
+        ProfileBank.from_archive(path)
+    soft = ProfileBank.from_model(many_profiles(mask_type="soft"))
+    with pytest.raises(ConfigError, match="hard masks"):
+        soft.save_archive(path)

@@ -261,3 +261,21 @@ def test_model_status_is_regular(tiny_bert):
     assert status.merged_adapters == []
     assert status.requires_grad == {"default": True, "other": False}
     assert status.available_adapters == ["default", "other"]
+
+
+def test_a_base_that_runs_its_children_in_turn(tmp_path):
+    """The mask table hangs on the root: an nn.Sequential runs it too, as its last child."""
+
+    def base() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.ReLU(), torch.nn.Linear(12, 3)).eval()
+
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
+    model = get_peft_model(base(), XPEFTConfig(target_modules=["0", "2"], num_adapters=8, bottleneck_size=2, scale=1.0))
+    model.eval()
+    with torch.no_grad():
+        adapted = model(x)
+        assert not torch.equal(adapted, base()(x))
+        model.save_pretrained(tmp_path)
+        assert torch.equal(PeftModel.from_pretrained(base(), tmp_path).eval()(x), adapted)
+        assert torch.equal(model.unload()(x), base()(x))

@@ -1,0 +1,87 @@
+"""A bank as one file, its hard masks at the information bound."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, FileFormatError
+from ..files import read_tensors, write_tensors
+from ..xpeft import XPEFTConfig
+from ..xpeft.spec import MaskSpec
+from .combinatorial import decode, encode
+from .names import TENSORS, NameIndex
+from .profile import Profile
+
+FORMAT, VERSION = "peft_xmask.bank_archive", "1"
+_CODED, _GAIN_BITS, _SHARED = "coded", "gain_bits", "shared."
+
+
+class Bank(Protocol):
+    """What is archived."""
+
+    config: XPEFTConfig
+    spec: MaskSpec
+    shared: dict[str, Tensor]
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def __getitem__(self, name: str) -> Profile: ...
+
+
+def write_archive(bank: Bank, path: Path) -> None:
+    """Write every profile of a bank; each is checked.
+
+    The file is a safetensors file: ``coded`` (see :mod:`~peft_xmask.profiles.combinatorial`), ``gain_bits`` if there
+    are gains, the tensors of :class:`~peft_xmask.profiles.names.NameIndex`, and ``shared.<name>``. Its metadata:
+    ``bank_format``, ``archive_version``, ``sites`` and ``config``, the adapter's config in JSON.
+
+    Raises:
+        ConfigError: soft masks.
+    """
+    if bank.spec.mask_type != "hard":
+        raise ConfigError("Expected a bank of hard masks, found soft ones: these have no code that is shorter.")
+    names = list(bank)
+    profiles = [bank[name] for name in names]
+    bits = (
+        torch.stack([each.bits for each in profiles]) if profiles else torch.empty(0, *bank.spec.bits_shape[1:]).byte()
+    )
+    tensors = {_CODED: encode(bits, bank.spec.num_adapters, bank.spec.top_k), **NameIndex.build(names).tensors}
+    gains = [each.gain_bits for each in profiles if each.gain_bits is not None]
+    if bank.spec.learn_gain:
+        tensors[_GAIN_BITS] = torch.stack(gains) if gains else torch.empty(0, *bank.spec.gain_shape[1:]).byte()
+    tensors.update({f"{_SHARED}{name}": tensor for name, tensor in bank.shared.items()})
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in bank.config.to_dict().items()}
+    facts = {"sites": str(bank.spec.num_sites), "config": json.dumps(config, sort_keys=True, default=str)}
+    write_tensors(path, tensors, {"bank_format": FORMAT, "archive_version": VERSION, **facts})
+
+
+def read_archive(path: Path) -> tuple[XPEFTConfig, Tensor, Tensor | None, NameIndex, Mapping[str, Tensor]]:
+    """What makes a bank: config, bits, gain_bits, names, shared.
+
+    Raises:
+        FileFormatError, MaskFormatError: it is damaged, or something else.
+    """
+    tensors, facts = read_tensors(path)
+    if (facts.get("bank_format"), facts.get("archive_version")) != (FORMAT, VERSION):
+        raise FileFormatError(
+            f"Expected a {FORMAT} of version {VERSION} at '{path}', found {facts.get('bank_format')!r} of version "
+            f"{facts.get('archive_version')!r}."
+        )
+    try:
+        fields: dict[str, Any] = json.loads(facts["config"])
+        config = XPEFTConfig.from_peft_type(**fields)
+        sites = int(facts["sites"])
+        index = NameIndex({name: tensors[name] for name in TENSORS})
+        coded = tensors[_CODED]
+    except (KeyError, ValueError, TypeError) as error:
+        raise FileFormatError(f"'{path}' is not a readable bank archive: {error!r}. It is damaged.") from error
+    bits = decode(coded, sites, config.num_adapters, config.top_k or 0)
+    config.num_profiles = len(bits)
+    shared = {name.removeprefix(_SHARED): each for name, each in tensors.items() if name.startswith(_SHARED)}
+    return config, bits, tensors.get(_GAIN_BITS), index, shared
