@@ -1,0 +1,66 @@
+"""A bank on the Hub: pushed twice, opened by id, and offline from the cache."""
+
+import pytest
+
+PUSH = """
+import torch
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification
+from peft_xmask import ProfileBank, XPEFTConfig
+base = AutoModelForSequenceClassification.from_pretrained("{base}")
+torch.manual_seed(1)
+config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=12, bottleneck_size=4, num_profiles=3)
+bank = ProfileBank.from_model(get_peft_model(base, config), ["ann", "bob", "carol"])
+print(bank.push_to_hub("ann/bank"))
+bank.remove("bob")
+bank.push_to_hub("ann/bank", revision="smaller")
+bank.push_to_hub("ann/bank", private=True)
+bank.remove("ann")
+bank.push_to_hub("ann/bank")
+"""
+
+OPEN = """
+import torch
+from transformers import AutoModelForSequenceClassification
+from peft import PeftModel
+from peft_xmask import ProfileBank
+base = lambda: AutoModelForSequenceClassification.from_pretrained("{base}").eval()
+for options in ({{}}, {{"revision": "smaller"}}):
+    print(list(ProfileBank.from_pretrained("ann/bank", **options)))
+batch = {{"input_ids": torch.arange(1, 11).reshape(2, 5)}}
+served = ProfileBank.from_pretrained("ann/bank").attach(base())
+loaded = PeftModel.from_pretrained(base(), "ann/bank").eval()
+with torch.no_grad():
+    by_name = served(**batch, adapter_names=["carol", "carol"]).logits
+    print(torch.allclose(by_name, loaded(**batch).logits))
+"""
+
+STRANGER = """
+from peft_xmask import ProfileBank
+from peft_xmask.errors import ConfigError
+try:
+    ProfileBank.from_pretrained("ann/nothing")
+except ConfigError as error:
+    print(error)
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    for name, text in (("push", PUSH), ("open", OPEN), ("stranger", STRANGER)):
+        (folder / f"{name}.py").write_text(text.format(base="sentence-transformers/all-MiniLM-L6-v2"))
+    return folder
+
+
+def test_a_bank_travels_by_the_hub(hub, client, scripts, tmp_path):
+    assert "ann/bank" in client(scripts / "push.py", home=tmp_path, token="token-of-ann")
+    files = hub.repos["ann/bank"].files("main")
+    assert sum(name.startswith("profiles-") for name in files) == 1  # those of the bank before are gone
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    expected = "['carol']\n['ann', 'carol']\nTrue\n"
+    assert client(scripts / "open.py", home=fresh, token="token-of-ann").endswith(expected)
+    assert client(scripts / "open.py", home=fresh, offline=True).endswith(expected)
+    said = client(scripts / "stranger.py", home=fresh, token="token-of-ann")
+    assert "'ann/nothing' is neither a folder here nor a Hub repository that can be reached" in said
