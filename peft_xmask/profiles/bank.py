@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 
-from ..errors import BaseMismatchError, ConfigError, FileFormatError, PoolMismatchError
+from ..errors import ConfigError, FileFormatError
 from ..pool.folders import HubOptions, find_folder, upload
 from ..xpeft import XPEFTConfig
 from ..xpeft.model import find_table
 from ..xpeft.spec import MaskSpec
+from .alike import check_alike
 from .archive import read_archive, write_archive
 from .names import NameIndex, check_name
 from .profile import Profile
-from .storage import BITS, FILENAMES, GAIN_BITS, in_blocks, open_bank, read_config, write_bank
-
-_KIND = ("num_adapters", "bottleneck_size", "mask_type", "top_k", "mask_norm", "learn_gain", "activation", "layer_norm")
+from .serving import serve
+from .storage import BITS, FILENAMES, GAIN_BITS, Content, in_blocks, open_bank, read_config, write_bank
 
 
 class ProfileBank:
@@ -191,7 +191,7 @@ class ProfileBank:
         check_name(name)
         if not isinstance(profile, Profile):
             other = _single(profile)
-            self._check_kind(other)
+            check_alike(self, other)
             profile = other[next(iter(other))]
         _check(profile, self.spec)
         if self._row(name) is not None:
@@ -268,7 +268,7 @@ class ProfileBank:
         if not opened:
             raise ConfigError("Expected at least one bank to merge, found none.")
         for other in opened[1:]:
-            opened[0]._check_kind(other)
+            check_alike(opened[0], other)
         write_merged(opened, Path(folder))
         return cls.from_pretrained(folder)
 
@@ -316,20 +316,7 @@ class ProfileBank:
         bits, gain_bits, names = self._bits, self._gain_bits, self._index
         if self._added or self._removed:
             bits, gain_bits, names = self._compacted()
-        config = copy.copy(self.config)
-        config.num_profiles, config.inference_mode = 1, True
-        if isinstance(model, PeftModel):
-            if adapter_name in model.peft_config:
-                raise ConfigError(f"The model has an adapter '{adapter_name}' already. Choose another adapter_name.")
-            model.add_adapter(adapter_name, config)
-            model.set_adapter(adapter_name, inference_mode=True)
-        else:
-            model = get_peft_model(model, config, adapter_name=adapter_name)
-        first = {BITS: bits[:1], **({} if gain_bits is None else {GAIN_BITS: gain_bits[:1]})}
-        set_peft_model_state_dict(model, {**self.shared, **first}, adapter_name=adapter_name)
-        model.peft_config[adapter_name].num_profiles = len(bits)  # type: ignore[attr-defined]
-        find_table(model).serve(adapter_name, bits, gain_bits, names)
-        return model.eval()
+        return serve(model, adapter_name, self.config, Content(bits, gain_bits, self.shared, names))
 
     def _row(self, name: str) -> int | None:
         return None if name in self._removed else self._index.find(name)
@@ -362,29 +349,6 @@ class ProfileBank:
         bits = torch.cat(list(self._blocks(True)))
         gain_bits = None if self._gain_bits is None else torch.cat(list(self._blocks(False)))
         return bits, gain_bits, NameIndex.build(self)
-
-    def _check_kind(self, other: ProfileBank) -> None:
-        mine, theirs = self.config, other.config
-        for field, error in (("pool_fingerprint", PoolMismatchError), ("base_fingerprint", BaseMismatchError)):
-            if getattr(mine, field) != getattr(theirs, field):
-                raise error(
-                    f"Expected profiles with {field}={getattr(mine, field)!r}, as this bank has, found "
-                    f"{getattr(theirs, field)!r}. Profiles serve the base and pool they were trained on.",
-                    expected=getattr(mine, field),
-                    found=getattr(theirs, field),
-                )
-        fields = [*_KIND, "insertion_form", *([] if mine.learn_gain else ["scale"])]
-        other_fields = [name for name in fields if getattr(mine, name) != getattr(theirs, name)]
-        if other_fields or self.spec.num_sites != other.spec.num_sites:
-            said = ", ".join(f"{name}={getattr(theirs, name)!r} (not {getattr(mine, name)!r})" for name in other_fields)
-            raise ConfigError(
-                f"Expected profiles like those of this bank, found {said or f'{other.spec.num_sites} sites'}."
-            )
-        if other.shared and not _same_tensors(self.shared, other.shared):
-            raise ConfigError(
-                "Expected the head that all profiles of this bank share, found another one. A bank holds masks for one "
-                "head: train profiles with the head fixed, or keep them as adapters of their own."
-            )
 
 
 def write_merged(banks: Sequence[ProfileBank], folder: Path) -> None:
@@ -424,7 +388,3 @@ def _check(profile: Profile, spec: MaskSpec) -> None:
 
 def _stacked(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack(list(rows)) if rows else like[:0].clone()
-
-
-def _same_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[key].cpu(), second[key].cpu()) for key in first)

@@ -1,0 +1,47 @@
+"""What the profiles of one bank have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..errors import BaseMismatchError, ConfigError, PoolMismatchError
+from .archive import Bank
+
+_KIND = ("num_adapters", "bottleneck_size", "mask_type", "top_k", "mask_norm", "learn_gain", "activation", "layer_norm")
+
+
+def check_alike(bank: Bank, other: Bank) -> None:
+    """Refuse profiles that do not belong in a bank.
+
+    Raises:
+        BaseMismatchError, PoolMismatchError: they are of another base or pool.
+        ConfigError: they have other settings, or another head.
+    """
+    mine, theirs = bank.config, other.config
+    for field, error in (("pool_fingerprint", PoolMismatchError), ("base_fingerprint", BaseMismatchError)):
+        if getattr(mine, field) != getattr(theirs, field):
+            raise error(
+                f"Expected profiles with {field}={getattr(mine, field)!r}, as this bank has, found "
+                f"{getattr(theirs, field)!r}. Profiles serve the base and pool they were trained on.",
+                expected=getattr(mine, field),
+                found=getattr(theirs, field),
+            )
+    fields = [*_KIND, "insertion_form", *([] if mine.learn_gain else ["scale"])]
+    other_fields = [name for name in fields if getattr(mine, name) != getattr(theirs, name)]
+    if other_fields or bank.spec.num_sites != other.spec.num_sites:
+        said = ", ".join(f"{name}={getattr(theirs, name)!r} (not {getattr(mine, name)!r})" for name in other_fields)
+        raise ConfigError(
+            f"Expected profiles like those of this bank, found {said or f'{other.spec.num_sites} sites'}."
+        )
+    if other.shared and not _same_tensors(bank.shared, other.shared):
+        raise ConfigError(
+            "Expected the head that all profiles of this bank share, found another one. A bank holds masks for one "
+            "head: train profiles with the head fixed, or keep them as adapters of their own."
+        )
+
+
+def _same_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key].cpu(), second[key].cpu()) for key in first)
