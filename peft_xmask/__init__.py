@@ -7,10 +7,19 @@ Importing this package makes its methods known to PEFT; from there on ``peft.get
 from ._version import __version__
 from .bottleneck import BottleneckConfig
 from .errors import PeftXMaskError, PeftXMaskWarning
-from .integrations import RecordCallback, XPEFTCallback, export_lora, export_sparse_delta
+from .integrations import (
+    RecordCallback,
+    WeightAdapterCallback,
+    XPEFTCallback,
+    export_lora,
+    export_sparse_delta,
+    fold,
+)
 from .magnitude_mask import MagnitudeMaskConfig
 from .pool import AdapterPool
+from .profiles import Profile, ProfileBank
 from .size import ProfileSize, profile_size
+from .weight_adapter import WeightAdapterConfig
 from .xpeft import XPEFTConfig
 
 __all__ = [
@@ -19,12 +28,17 @@ __all__ = [
     "MagnitudeMaskConfig",
     "PeftXMaskError",
     "PeftXMaskWarning",
+    "Profile",
+    "ProfileBank",
     "ProfileSize",
     "RecordCallback",
+    "WeightAdapterCallback",
+    "WeightAdapterConfig",
     "XPEFTCallback",
     "XPEFTConfig",
     "__version__",
     "export_lora",
     "export_sparse_delta",
+    "fold",
     "profile_size",
 ]

@@ -23,6 +23,7 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import PeftType, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import resolve_quantization_backend
 
 from .errors import PeftXMaskWarning
 
@@ -36,12 +37,23 @@ __all__ = [
     "check_target_module_exists",
     "include_all_linear_layers",
     "peft_type",
+    "quantisation_backend",
     "register",
     "tuner_key_prefixes",
 ]
 
 include_all_linear_layers = _maybe_include_all_linear_layers
 tuner_key_prefixes = _get_tuner_state_dict_key_prefixes
+
+
+def quantisation_backend(module: Any) -> Any:
+    """What reads the quantised weight of a module; None if it is not quantised."""
+    return resolve_quantization_backend(module, get_apply_tensor_subclass=_cannot_quantise)
+
+
+def _cannot_quantise() -> Any:
+    """In the place of what torchao would need to write a weight, which nobody here does."""
+    raise TypeError("Weights are only read.")
 
 
 def add_member(enum: Any, name: str) -> Any:

@@ -245,11 +245,12 @@ class TextClassifier:
 
     def _callbacks(self, settings: TrainSettings, progress: Progress | None) -> list[TrainerCallback]:
         callbacks: list[TrainerCallback] = [] if progress is None else [_ProgressCallback(progress)]
-        from .integrations import RecordCallback, XPEFTCallback
+        from .integrations import RecordCallback, WeightAdapterCallback, XPEFTCallback
 
-        if self.model.peft_config["default"].peft_type == "XPEFT":
+        method = self.model.peft_config["default"].peft_type
+        if method == "XPEFT":
             return [*callbacks, XPEFTCallback(mask_learning_rate=settings.mask_learning_rate)]
-        return [*callbacks, RecordCallback()]
+        return [*callbacks, WeightAdapterCallback() if method == "WEIGHT_ADAPTER" else RecordCallback()]
 
 
 def load_base(

@@ -11,17 +11,40 @@ from torch import Tensor, nn
 
 from ._peft import BaseTunerLayer, check_adapters_to_merge
 from .errors import FileFormatError
-from .holders import Trained
+from .holders import Shipped, Trained
+
+
+class Stamp:
+    """A tensor as it was: which one, and in which state (as torch counts changes: not through ``.data``).
+
+    Args:
+        holder: a module with a ``.weight``, parameter or buffer.
+    """
+
+    def __init__(self, holder: nn.Module) -> None:
+        self._tensors = holder._parameters if "weight" in holder._parameters else holder._buffers
+        self._weight = self._tensors["weight"]
+        self._state = self._now()
+
+    def holds(self) -> bool:
+        """Whether it is still the same tensor in the same state."""
+        return self._tensors.get("weight") is self._weight and self._state == self._now()
+
+    def _now(self) -> tuple[int | None, int]:
+        weight = self._weight
+        assert weight is not None
+        return None if weight.is_inference() else weight._version, weight.data_ptr()
 
 
 class DeltaTable(nn.Module, BaseTunerLayer):
-    """One trainable vector per adapter, of which every adapted parameter takes a part.
+    """One vector per adapter, of which every adapted parameter takes a part.
 
     State: ``<state_name>.<adapter>.weight [n]``, which is also what is saved. A subclass names ``state_name`` (with the
-    method's prefix).
+    method's prefix), and what holds the vectors if they are not trained themselves.
     """
 
     state_name: str
+    holder_cls: type[Trained | Shipped] = Trained
     in_features = out_features = None  # PEFT asks every tuner layer for them; the table wraps no module
 
     def __init__(self) -> None:
@@ -30,14 +53,13 @@ class DeltaTable(nn.Module, BaseTunerLayer):
         self._sizes: dict[str, tuple[int, ...]] = {}
         self._starts: dict[str, tuple[int, ...]] = {}
         self._rounding: dict[str, torch.dtype | None] = {}
-        self._versions: dict[str, int] = {}
-        self._seen: dict[str, tuple[Tensor, int | None, int]] = {}
+        self._stamps: dict[str, Stamp] = {}
         self._parts: dict[str, tuple[Tensor, ...]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
 
     @property
-    def vectors(self) -> MutableMapping[str, Trained]:
+    def vectors(self) -> MutableMapping[str, Trained | Shipped]:
         """The vectors by adapter name."""
         return getattr(self, self.state_name)  # type: ignore[no-any-return]
 
@@ -63,28 +85,25 @@ class DeltaTable(nn.Module, BaseTunerLayer):
             sizes: numbers that each part takes, in order; they add up to n.
             rounding: dtype that every number is rounded to where it is used, and saved in; None: none.
         """
-        self.vectors[adapter_name] = Trained(vector)
+        self.vectors[adapter_name] = self.holder_cls(vector)
         self._sizes[adapter_name] = tuple(sizes)
         self._starts[adapter_name] = (0, *accumulate(sizes))
         self._rounding[adapter_name] = rounding
-        self._versions.setdefault(adapter_name, 0)
 
-    def version(self, adapter_name: str) -> int:
-        """A number that is another one whenever the adapter's vector may be.
+    def stamp(self, adapter_name: str) -> Stamp:
+        """What tells whether the adapter's vector is still what it was: the same object as long as it is.
 
         Raises:
             FileFormatError: in eval mode, a number that is not finite.
         """
-        weight = self.vectors[adapter_name].weight
-        seen = self._seen.get(adapter_name)
-        now = None if weight.is_inference() else weight._version
-        if seen is None or seen[0] is not weight or seen[1] != now or seen[2] != weight.data_ptr():
+        stamp = self._stamps.get(adapter_name)
+        if stamp is None or not stamp.holds():
+            holder = self.vectors[adapter_name]
             if not self.training:
-                _check_finite(adapter_name, weight)
-            self._seen[adapter_name] = (weight, now, weight.data_ptr())
-            self._versions[adapter_name] += 1
+                _check_finite(adapter_name, holder.weight)
+            stamp = self._stamps[adapter_name] = Stamp(holder)
             self._parts.pop(adapter_name, None)
-        return self._versions[adapter_name]
+        return stamp
 
     def part(self, adapter_name: str, index: int) -> Tensor:
         """One part of an adapter's vector, rounded; with a gradient where the vector has one."""
@@ -93,7 +112,7 @@ class DeltaTable(nn.Module, BaseTunerLayer):
             return self._cut(adapter_name, weight.detach(), index)
         if torch.compiler.is_compiling():
             return self._cut(adapter_name, weight, index)
-        self.version(adapter_name)
+        self.stamp(adapter_name)
         parts = self._parts.get(adapter_name)
         if parts is None or not parts[0].requires_grad:
             rounded = _rounded(weight, self._rounding[adapter_name])
@@ -103,6 +122,10 @@ class DeltaTable(nn.Module, BaseTunerLayer):
     def _cut(self, adapter_name: str, vector: Tensor, index: int) -> Tensor:
         part = vector.narrow(0, self._starts[adapter_name][index], self._sizes[adapter_name][index])
         return _rounded(part, self._rounding[adapter_name])
+
+    def rounded(self, adapter_name: str, numbers: Tensor) -> Tensor:
+        """Numbers as the adapter's are where they are used; the gradient passes as if they were not rounded."""
+        return _rounded(numbers, self._rounding[adapter_name])
 
     def cast(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Hold an adapter's vector in another dtype."""
@@ -143,7 +166,7 @@ class DeltaTable(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
-        for notes in (self._sizes, self._starts, self._rounding, self._seen, self._parts):
+        for notes in (self._sizes, self._starts, self._rounding, self._stamps, self._parts):
             notes.pop(adapter_name, None)  # type: ignore[attr-defined]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -151,7 +174,7 @@ class DeltaTable(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a copy computes anew."""
-        return {**self.__dict__, "_seen": {}, "_parts": {}}
+        return {**self.__dict__, "_stamps": {}, "_parts": {}}
 
 
 class _Rounded(torch.autograd.Function):

@@ -10,7 +10,7 @@ disabled:  module(x), with its own numbers
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ._peft import BaseTunerLayer, check_adapters_to_merge
+from .delta_table import Stamp
 from .errors import BaseMismatchError, MergeError, StaleGraphError
-from .gathered import Change, run_changed
+from .gathered import Change, Places, run_changed
 from .layer import module_widths
 from .override import Override
 
@@ -43,26 +44,31 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
         self._overrides = {name: Override(base, name) for name, _ in base.named_parameters(recurse=False)}
-        self._served: tuple[tuple[str, int], ...] = ()
-        self._stale = self._released = False
+        self._served: tuple[tuple[str, Stamp], ...] = ()
+        self._stale, self._released = True, False
         self._unions: dict[str, tuple[tuple[Tensor, ...], Tensor, list[Tensor]]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first of its parameters."""
-        return next(iter(self._overrides.values())).parameter.dtype
+        """Of the first of its parameters that are floating point: those of a quantised weight are not."""
+        dtypes = [override.parameter.dtype for override in self._overrides.values()]
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
 
     @abstractmethod
     def has(self, adapter_name: str) -> bool:
         """Whether the adapter changes this module."""
 
     @abstractmethod
-    def version(self, adapter_name: str) -> int:
-        """A number that is another one whenever the adapter's changes may be."""
+    def stamp(self, adapter_name: str) -> Stamp:
+        """What tells whether the adapter's changes are still what they were: the same object as long as they are."""
 
     @abstractmethod
     def changes(self, adapter_name: str) -> Sequence[Change]:
         """What the adapter adds, parameter by parameter; with gradients where they are wanted and there are any."""
+
+    def places(self, adapter_name: str) -> Mapping[str, Places]:
+        """Where the adapter's changes are, by parameter; without the parameters that it changes as a whole."""
+        return {}
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The module's output with the active adapters in its parameters.
@@ -74,29 +80,31 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         Raises:
             BaseMismatchError: somebody changed the base's parameters while an adapter was in them.
         """
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
+        if adapter_names is not None and not self._disable_adapters:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
-        names = self._serving()
         if torch.compiler.is_compiling():
-            return self._forward_in_graph(names, x, *args, **kwargs)
-        self._bring_in_line(names)
+            return self._forward_in_graph(x, *args, **kwargs)
+        if self._stale or not all(stamp.holds() for _, stamp in self._served):
+            self.bring_in_line()
         if torch.is_grad_enabled() and not self.merged:
-            trained = [each for name in names for each in self.changes(name) if each.delta.requires_grad]
-            if trained or x.requires_grad:
-                before_backward = partial(self._bring_back, self._served, self._edits())
-                return run_changed(self.base_layer, trained, before_backward, x, *args, **kwargs)
+            before_backward = partial(self._bring_back, self._served, self._edits())
+            return self._run([name for name, _ in self._served], before_backward, x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
 
-    def _forward_in_graph(self, names: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """For ``torch.compile``: a graph cannot look at versions, so it writes each time it runs. That is cheap."""
+        names = self._serving()
         self._write(names)
         self._stale = True
         if torch.is_grad_enabled() and not self.merged:
-            trained = [each for name in names for each in self.changes(name) if each.delta.requires_grad]
-            if trained:
-                return run_changed(self.base_layer, trained, _nothing, x, *args, **kwargs)
+            return self._run(names, _nothing, x, *args, **kwargs)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _run(self, names: list[str], before_backward: Callable[[], None], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The module's output, with gradients for what is trained of these adapters, which are in its parameters."""
+        trained = [each for name in names for each in self.changes(name) if each.delta.requires_grad]
+        if trained or x.requires_grad:
+            return run_changed(self.base_layer, trained, before_backward, x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
 
     def _serving(self) -> list[str]:
@@ -104,25 +112,33 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
             return self.merged_adapters
         return [] if self.disable_adapters else [name for name in self.active_adapters if self.has(name)]
 
-    def _bring_in_line(self, names: list[str]) -> None:
-        wanted = tuple((name, self.version(name)) for name in names)
+    def bring_in_line(self) -> None:
+        """Let the parameters be what the next forward pass needs, as it would itself."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        self._serve(self._serving())
+
+    def _serve(self, names: list[str]) -> None:
+        wanted = tuple((name, self.stamp(name)) for name in names)
         if self._stale or wanted != self._served:
             self._write(names)
             self._served, self._stale = wanted, False
 
-    def _bring_back(self, served: tuple[tuple[str, int], ...], edits: list[tuple[int, int]]) -> None:
+    def _bring_back(self, served: tuple[tuple[str, Stamp], ...], edits: list[tuple[int, int]]) -> None:
         """Let the parameters be what they were in a forward pass that served these adapters."""
         names = [name for name, _ in served]
         if (
             self._released
             or self._edits() != edits
-            or any(not self.has(name) or self.version(name) != version for name, version in served)
+            or any(not self.has(name) or self.stamp(name) is not stamp for name, stamp in served)
         ):
             raise StaleGraphError(
                 "Expected a base and adapters as they were in the forward pass, found that they were changed, deleted "
                 "or unloaded since. Run backward before the optimizer's step and before such calls."
             )
-        self._bring_in_line(names)
+        changes = self._stale or self._served != served
+        self._serve(names)
+        self._stale = changes
 
     def _edits(self) -> list[tuple[int, int]]:
         return [override.edits for override in self._overrides.values()]
@@ -149,17 +165,28 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         deltas = [change.delta.to(device) for change in changes]
         if all(each is places[0] for each in places):
             return places[0], sum(deltas[1:], deltas[0])
-        indexes = tuple(each for each in places if each is not None)
-        assert len(indexes) == len(places)
-        name = changes[0].name
-        if name not in self._unions or not _same(self._unions[name][0], indexes):
-            union = torch.unique(torch.cat(indexes))
-            self._unions[name] = (indexes, union, [torch.searchsorted(union, index) for index in indexes])
-        _, union, positions = self._unions[name]
+        union, positions = self._union(changes[0].name, [each for each in places if each is not None])
         total = torch.zeros(union.numel(), device=device, dtype=deltas[0].dtype)
         for position, delta in zip(positions, deltas, strict=True):
             total.index_add_(0, position, delta.to(total.dtype))
         return union, total
+
+    def _union(self, name: str, indexes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Of places in a parameter: all, and where each index's are among them; found once."""
+        if name not in self._unions or not _same(self._unions[name][0], indexes):
+            union = torch.unique(torch.cat(list(indexes)))
+            self._unions[name] = (tuple(indexes), union, [torch.searchsorted(union, index) for index in indexes])
+        return self._unions[name][1:]
+
+    def _find_unions(self) -> None:
+        """Find the unions of the next forward pass: a graph could not, since their sizes depend on numbers."""
+        places: dict[str, list[Tensor]] = {}
+        for adapter_name in self._serving():
+            for name, each in self.places(adapter_name).items():
+                places.setdefault(name, []).append(each.on(self._overrides[name].parameter.device))
+        for name, indexes in places.items():
+            if any(index is not indexes[0] for index in indexes):
+                self._union(name, indexes)
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
         """One pass for each adapter over its own examples."""
@@ -171,11 +198,12 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         out: Tensor | None = None
         for name in dict.fromkeys(adapter_names):
             rows = [i for i, other in enumerate(adapter_names) if other == name]
-            self._bring_in_line([name] if name != "__base__" and self.has(name) else [])
+            self._serve([name] if name != "__base__" and self.has(name) else [])
             y = self.base_layer(x[rows], *args, **kwargs)
             if out is None:
                 out = y.new_empty((x.shape[0], *y.shape[1:]))
             out[rows] = y
+        self._stale = True
         return out
 
     def restore(self) -> None:
@@ -186,7 +214,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         """
         for override in self._overrides.values():
             override.restore()
-        self._served = ()
+        self._served, self._stale = (), True
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters. If none of them changes this module, it gets its own numbers back at once."""
@@ -194,6 +222,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         self._stale = True  # torch does not count changes through .data
         if self._served and not self._serving():
             self.restore()
+        self._find_unions()
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; the parameters are brought in line anew."""
@@ -203,6 +232,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters. Disabled, the module has its own numbers at once, unless they are merged."""
         super().enable_adapters(enabled)
+        self._stale = True
         if not enabled and not self.merged:
             self.restore()
 
@@ -214,6 +244,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
             self.restore()
         self._unions.clear()
         super().delete_adapter(adapter_name)
+        self._find_unions()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put adapters into the module's parameters until :meth:`unmerge`, whatever is set, enabled or read meanwhile.
@@ -232,21 +263,23 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         merged = list(self.merged_adapters)
         for name in names:
             self._write([*merged, name])
-            if safe_merge and not all(each.parameter.isfinite().all() for each in self._overrides.values()):
+            written = [each.parameter for each in self._overrides.values() if each.written]
+            if safe_merge and not all(parameter.isfinite().all() for parameter in written):
                 self._write(self.merged_adapters)
-                self._served = ()
+                self._served, self._stale = (), True
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken. This module was left "
                     "as it was; load or train the adapter again."
                 )
             merged.append(name)
         self.merged_adapters = merged
-        self._served = tuple((name, self.version(name)) for name in merged)
+        self._served, self._stale = tuple((name, self.stamp(name)) for name in merged), False
 
     def unmerge(self) -> None:
         """Give the parameters their own numbers back, bit for bit."""
         self.merged_adapters.clear()
         self.restore()
+        self._find_unions()
 
     def release(self, *, restore: bool) -> None:
         """The layer is about to leave its model: give the parameters their own numbers back, unless they are merged."""
@@ -268,7 +301,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
                     override.restore()
                 except BaseMismatchError:
                     override.forget()
-                self._served = ()
+                self._served, self._stale = (), True
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -277,6 +310,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         applied = super()._apply(fn, recurse)
         if self.merged:
             self._write(self.merged_adapters)
+        self._find_unions()
         return applied
 
 

@@ -95,6 +95,20 @@ class InPlaceTuner(TargetTuner):
                         "tie_word_embeddings=False, or add the module to exclude_modules."
                     )
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The adapted modules' own parameters, named as in a PeftModel.
+
+        Each process has loaded them, and masks are made from them, so DDP need not send them. Nor must it: an adapter's
+        values may be in them, other ones in each process as long as DDP has not sent those.
+        """
+        return [
+            f"base_model.{name}.base_layer.{parameter_name}"
+            for name, module in self.named_modules()
+            if isinstance(module, InPlaceLayer)
+            for parameter_name, _ in module.base_layer.named_parameters()
+        ]
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """What is trained is float32 from the start; without PEFT's autocast it has the base's dtype instead."""
         if autocast_adapter_dtype:

@@ -9,10 +9,18 @@ from .bottleneck import BottleneckConfig
 from .errors import ConfigError
 from .magnitude_mask import MagnitudeMaskConfig
 from .pool import AdapterPool
+from .weight_adapter import WeightAdapterConfig
 from .xpeft import XPEFTConfig
 
-METHODS = ("xpeft", "bottleneck", "magnitude-mask", "lora", "head")
-LEARNING_RATES = {"xpeft": 1e-2, "bottleneck": 3e-3, "magnitude-mask": 3e-3, "lora": 3e-3, "head": 3e-2}
+METHODS = ("xpeft", "bottleneck", "magnitude-mask", "weight-adapter", "lora", "head")
+LEARNING_RATES = {
+    "xpeft": 1e-2,
+    "bottleneck": 3e-3,
+    "magnitude-mask": 3e-3,
+    "weight-adapter": 3e-3,
+    "lora": 3e-3,
+    "head": 3e-2,
+}
 """Default learning rate of each method; X-PEFT's masks have another. docs/demo.md says how they were chosen."""
 HEAD_LEARNING_RATE = 3e-2
 """Default learning rate of the head, with every method."""
@@ -29,6 +37,8 @@ def method_config(
     top_k: int | None = None,
     lora_rank: int = 8,
     density: float = 0.005,
+    target: str = "bias",
+    adapter_rank: int = 16,
 ) -> PeftConfig:
     """PEFT config of a method by its name, for sequence classification; every other field at its default.
 
@@ -51,6 +61,8 @@ def method_config(
         return BottleneckConfig(task_type="SEQ_CLS", bottleneck_size=bottleneck_size)
     if method == "magnitude-mask":
         return MagnitudeMaskConfig(task_type="SEQ_CLS", density=density)
+    if method == "weight-adapter":
+        return WeightAdapterConfig(task_type="SEQ_CLS", target=target, r=adapter_rank)
     if method == "lora":
         return LoraConfig(task_type="SEQ_CLS", r=lora_rank, lora_alpha=2 * lora_rank)
     if method == "head":

@@ -44,6 +44,11 @@ class Override:
         return id(self.parameter), self.parameter._version - self._writes
 
     @property
+    def own(self) -> Tensor:
+        """The parameter's own numbers; for a parameter that is written whole, if at all."""
+        return self.parameter if self._own is None else self._own
+
+    @property
     def written(self) -> bool:
         """Whether the parameter holds other numbers than its own."""
         return self._own is not None

@@ -1,7 +1,8 @@
-"""Where adapters go by default: the output projection of the feed-forward network of each block.
+"""Where adapters go by default: the feed-forward network of each block.
 
 Each value is a regular expression for the full module name, as PEFT takes it in ``target_modules``. The FFN output is
-where the adapters of Pfeiffer et al. (arXiv 2005.00247), and so those of X-PEFT, sit.
+where the adapters of Pfeiffer et al. (arXiv 2005.00247), and so those of X-PEFT, sit; a weight adapter reads every
+linear layer of the network, as HiWi (arXiv 2305.16742).
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ _MLP_FC2 = r"(?:.*\.)?layers\.\d+\.mlp\.fc2"
 _GPT2_LIKE = r"(?:.*\.)?h\.\d+\.mlp\.c_proj"
 _NEOX_LIKE = r"(?:.*\.)?(?:layers|h)\.\d+\.mlp\.dense_4h_to_h"
 _T5_LIKE = r"(?:.*\.)?block\.\d+\.layer\.\d+\.DenseReluDense\.wo"
+_DISTILBERT = r"(?:.*\.)?transformer\.layer\.\d+\.ffn\.lin2"
+_GPTJ = r"(?:.*\.)?h\.\d+\.mlp\.fc_out"
 
 _FAMILIES: Mapping[str, tuple[str, ...]] = {
     _BERT_LIKE: (
@@ -29,11 +32,28 @@ _FAMILIES: Mapping[str, tuple[str, ...]] = {
     _GPT2_LIKE: ("gpt2", "gpt_neo"),
     _NEOX_LIKE: ("gpt_neox", "bloom", "falcon"),
     _T5_LIKE: ("t5", "mt5", "umt5"),
-    r"(?:.*\.)?transformer\.layer\.\d+\.ffn\.lin2": ("distilbert",),
-    r"(?:.*\.)?h\.\d+\.mlp\.fc_out": ("gptj",),
+    _DISTILBERT: ("distilbert",),
+    _GPTJ: ("gptj",),
 }  # fmt: skip
+
+_WHOLE_NETWORK: Mapping[str, str] = {
+    _BERT_LIKE: r"(?:.*\.)?layer\.\d+\.(?:intermediate|output)\.dense",
+    _LLAMA_LIKE: r"(?:.*\.)?layers\.\d+\.mlp\.(?:gate_proj|up_proj|gate_up_proj|down_proj)",
+    _FC2: r"(?:.*\.)?layers\.\d+\.(?:fc1|fc2)",
+    _MLP_FC2: r"(?:.*\.)?layers\.\d+\.mlp\.(?:fc1|fc2)",
+    _GPT2_LIKE: r"(?:.*\.)?h\.\d+\.mlp\.(?:c_fc|c_proj)",
+    _NEOX_LIKE: r"(?:.*\.)?(?:layers|h)\.\d+\.mlp\.(?:dense_h_to_4h|dense_4h_to_h)",
+    _T5_LIKE: r"(?:.*\.)?block\.\d+\.layer\.\d+\.DenseReluDense\.(?:wi|wi_0|wi_1|wo)",
+    _DISTILBERT: r"(?:.*\.)?transformer\.layer\.\d+\.ffn\.(?:lin1|lin2)",
+    _GPTJ: r"(?:.*\.)?h\.\d+\.mlp\.(?:fc_in|fc_out)",
+}
 
 FFN_OUTPUT: Mapping[str, str] = MappingProxyType(
     {model_type: pattern for pattern, model_types in _FAMILIES.items() for model_type in model_types}
 )
 """Regular expression of the FFN output projections, by ``config.model_type``."""
+
+FFN_LINEAR: Mapping[str, str] = MappingProxyType(
+    {model_type: _WHOLE_NETWORK[pattern] for model_type, pattern in FFN_OUTPUT.items()}
+)
+"""Regular expression of all linear layers of the FFN, gates included, by ``config.model_type``."""

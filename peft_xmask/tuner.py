@@ -121,11 +121,15 @@ class TargetTuner(BaseTuner):
         if isinstance(target, self.layer_cls):
             self._add_to_layer(target, peft_config, adapter_name, self._parts[current_key])
             return
-        layer = self.layer_cls(target)
+        layer = self._new_layer(target)
         self._add_to_layer(layer, peft_config, adapter_name, self._parts[current_key])
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module) -> Any:
+        """What is put in a module's place."""
+        return self.layer_cls(target)
 
     def unload(self) -> nn.Module:
         """The base model alone, bit for bit. What was merged is taken out first; ``merge_and_unload`` keeps it."""

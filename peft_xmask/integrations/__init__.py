@@ -2,10 +2,12 @@
 
 from .card import complete_cards_of_peft
 from .export import export_lora
+from .fold import fold
 from .record import RecordCallback
 from .sparse_delta import export_sparse_delta
 from .trainer import XPEFTCallback
+from .weight_adapter import WeightAdapterCallback
 
-__all__ = ["RecordCallback", "XPEFTCallback", "export_lora", "export_sparse_delta"]
+__all__ = ["RecordCallback", "WeightAdapterCallback", "XPEFTCallback", "export_lora", "export_sparse_delta", "fold"]
 
 complete_cards_of_peft()

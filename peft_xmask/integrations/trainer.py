@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from ..errors import ConfigError, FileFormatError, PeftXMaskWarning
-from ..files import read_tensors, write_tensors
+from ..errors import ConfigError, PeftXMaskWarning
+from ..files import write_tensors
 from ..functional import select_top_k
 from ..sharding import gathered, sharded_as
 from ..xpeft.model import find_table
 from ..xpeft.table import MaskTable
+from .checkpoints import check_shape, checkpoint_folder, find_state
 from .record import RecordCallback
 
 STATE_FILE = "xpeft_training_state.safetensors"
@@ -117,7 +118,7 @@ class XPEFTCallback(RecordCallback):
         if not args.should_save:  # as the Trainer's own files: by one process, though all have gathered
             return
         metadata = {"global_step": str(state.global_step), "adapters": json.dumps(notes)}
-        write_tensors(_checkpoint(args, state.global_step) / STATE_FILE, tensors, metadata)
+        write_tensors(checkpoint_folder(args, state.global_step) / STATE_FILE, tensors, metadata)
 
     def facts(self) -> dict[str, Any]:
         """The masks' learning rate and temperatures, where they are set here."""
@@ -125,19 +126,15 @@ class XPEFTCallback(RecordCallback):
         return {name: value for name, value in facts.items() if value is not None}
 
     def _restore(self, table: MaskTable, args: TrainingArguments, step: int) -> None:
-        folders = [self.resume_from, getattr(args, "resume_from_checkpoint", None), _checkpoint(args, step)]
-        for folder in folders:
-            path = Path(folder) / STATE_FILE if isinstance(folder, (str, Path)) else None
-            if path is None or not path.is_file():
-                continue
-            tensors, metadata = read_tensors(path)
-            if metadata.get("global_step") == str(step):
-                _put_back(table, tensors, metadata, path)
-                return
+        found = find_state(args, step, STATE_FILE, self.resume_from)
+        if found is not None:
+            path, tensors, metadata = found
+            _put_back(table, tensors, metadata, path)
+            return
         warnings.warn(
             f"Resuming at step {step} without the training state of the masks: no {STATE_FILE} of that step in "
-            f"{_checkpoint(args, step)}. Pass XPEFTCallback(resume_from=...), the checkpoint's folder. Until then the "
-            "run goes on from logits rebuilt from the bits.",
+            f"{checkpoint_folder(args, step)}. Pass XPEFTCallback(resume_from=...), the checkpoint's folder. "
+            "Until then the run goes on from logits rebuilt from the bits.",
             PeftXMaskWarning,
             stacklevel=2,
         )
@@ -178,22 +175,10 @@ def _put_back(table: MaskTable, tensors: dict[str, Tensor], metadata: dict[str, 
         pairs = [(table.xpeft_logits[name].weight, tensors.get(f"{name}.logits"))]
         if name in table.xpeft_gain:
             pairs.append((table.xpeft_gain[name].weight, tensors.get(f"{name}.gain")))
-        for weight, stored in pairs:
-            if stored is None or stored.shape != weight.shape:
-                found = "nothing" if stored is None else tuple(stored.shape)
-                raise FileFormatError(
-                    f"Expected the training state of adapter '{name}' with shape {tuple(weight.shape)} in '{path}', "
-                    f"found {found}. The checkpoint is of another run."
-                )
+        checked = [(weight, check_shape(name, weight, stored, path)) for weight, stored in pairs]
         with torch.no_grad():
-            for weight, stored in pairs:
-                assert stored is not None
+            for weight, stored in checked:
                 weight.copy_(sharded_as(weight, stored))
         table.logit_scale[name] = notes[name]["logit_scale"]
         table.temperature[name] = notes[name]["temperature"]
         table.rebuilt.discard(name)
-
-
-def _checkpoint(args: TrainingArguments, step: int) -> Path:
-    assert args.output_dir is not None
-    return Path(args.output_dir) / f"checkpoint-{step}"

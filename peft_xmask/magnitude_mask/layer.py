@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .._peft import BaseTunerLayer
-from ..delta_table import DeltaTable
+from ..delta_table import DeltaTable, Stamp
 from ..gathered import Change, Places
 from ..in_place import InPlaceLayer
 
@@ -72,9 +72,9 @@ class MagnitudeMaskLayer(InPlaceLayer, MagnitudeMaskModule):
         """Whether the adapter trains a number of this module."""
         return adapter_name in self.magnitude_mask_shares and bool(self.magnitude_mask_shares[adapter_name].parts)
 
-    def version(self, adapter_name: str) -> int:
-        """Changes with the adapter's values."""
-        return self._table[0].version(adapter_name)
+    def stamp(self, adapter_name: str) -> Stamp:
+        """Of the adapter's values."""
+        return self._table[0].stamp(adapter_name)
 
     def changes(self, adapter_name: str) -> list[Change]:
         """The adapter's values in this module."""
@@ -83,3 +83,7 @@ class MagnitudeMaskLayer(InPlaceLayer, MagnitudeMaskModule):
             Change(part.name, part.places, table.part(adapter_name, part.index))
             for part in self.magnitude_mask_shares[adapter_name].parts
         ]
+
+    def places(self, adapter_name: str) -> dict[str, Places]:
+        """The adapter's mask in this module."""
+        return {part.name: part.places for part in self.magnitude_mask_shares[adapter_name].parts}

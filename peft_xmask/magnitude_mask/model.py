@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._peft import register
-from ..errors import ConfigError, MaskMismatchError, TargetError
+from ..errors import ConfigError, MaskMismatchError, MergeError, TargetError
 from ..files import dtype_from_name
 from ..gathered import Places
 from ..in_place_tuner import InPlaceTuner, linear_layers_of_blocks, parameter_names
@@ -17,6 +17,7 @@ from .averaging import combine
 from .config import MagnitudeMaskConfig
 from .layer import MagnitudeMaskLayer, MagnitudeMaskModule, Part, Share, ValueTable
 from .mask import Candidate, Mask, make_mask, recover_mask
+from .quantised import QuantisedMaskLayer, dequantised_weight, is_quantised
 
 
 class MagnitudeMaskModel(InPlaceTuner):
@@ -46,12 +47,14 @@ class MagnitudeMaskModel(InPlaceTuner):
         names = [_trained_parameters(layer, config) for _, layer in found]
         self._check_targets(model, found, names)
         candidates = [
-            Candidate(name, getattr(layer, parameter), _padding(layer, parameter))
+            Candidate(name, _numbers(name, layer, parameter), _padding(layer, parameter))
             for (name, layer), own in zip(found, names, strict=True)
             for parameter in own
         ]
-        mask = _mask_of(config, candidates)
-        self._check_base(config, (candidate.numbers for candidate in candidates))
+        mask = _mask_of(config, candidates, quantised=any(is_quantised(layer) for _, layer in found))
+        self._check_base(
+            config, (getattr(layer, each) for (_, layer), own in zip(found, names, strict=True) for each in own)
+        )
         config.mask_fingerprint, config.mask_dtype, config.mask_ties = mask.fingerprint, mask.dtype, dict(mask.ties)
         places = self._shared_places(mask)
         self._new = (_start(config, candidates, mask), [len(each) for each in places])
@@ -110,6 +113,16 @@ class MagnitudeMaskModel(InPlaceTuner):
         with torch.no_grad():
             self.table.vectors[adapter_name].weight.copy_(values)
 
+    def _new_layer(self, target: nn.Module) -> MagnitudeMaskLayer:
+        return QuantisedMaskLayer(target) if is_quantised(target) else MagnitudeMaskLayer(target)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse to merge into a quantised weight, before any weight is touched."""
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, QuantisedMaskLayer):
+                raise MergeError(f"Cannot merge into '{name}': {module.why_not_mergeable()}")
+
     def _shared_places(self, mask: Mask) -> tuple[Places, ...]:
         """The places that an earlier adapter with the same mask has already, if any."""
         self._places = getattr(self, "_places", {})
@@ -129,21 +142,31 @@ class MagnitudeMaskModel(InPlaceTuner):
         layer.add(adapter_name, share, self.table)
 
 
-def _mask_of(config: MagnitudeMaskConfig, candidates: list[Candidate]) -> Mask:
-    if config.expected_mask_fingerprint is None:
-        return make_mask(candidates, config.rule)
-    return recover_mask(
-        candidates,
-        config.rule,
-        dtype=str(config.mask_dtype),
-        ties=config.mask_ties or {},
-        fingerprint=config.expected_mask_fingerprint,
-    )
+def _mask_of(config: MagnitudeMaskConfig, candidates: list[Candidate], quantised: bool) -> Mask:
+    if config.expected_mask_fingerprint is not None:
+        return recover_mask(
+            candidates,
+            config.rule,
+            dtype=str(config.mask_dtype),
+            ties=config.mask_ties or {},
+            fingerprint=config.expected_mask_fingerprint,
+        )
+    mask = make_mask(candidates, config.rule)
+    return replace(mask, ties={}) if quantised else mask  # a large share of its few levels would be ties
 
 
 def _trained_parameters(layer: nn.Module, config: MagnitudeMaskConfig) -> list[str]:
+    if is_quantised(layer):
+        return ["weight", "bias"] if config.include_bias and layer.bias is not None else ["weight"]
     weight = getattr(layer, "weight", None)
     return parameter_names(layer, bias=config.include_bias or (isinstance(weight, Tensor) and weight.dim() == 1))
+
+
+def _numbers(name: str, layer: nn.Module, parameter: str) -> Tensor:
+    if parameter == "weight" and is_quantised(layer):
+        return dequantised_weight(name, layer)
+    numbers: Tensor = getattr(layer, parameter)
+    return numbers
 
 
 def _padding(layer: nn.Module, parameter: str) -> int | None:

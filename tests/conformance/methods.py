@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 
-from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, XPEFTConfig
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ XPEFT = dict(num_adapters=12, bottleneck_size=8, scale=1.0)
 MASKS: dict[str, Any] = dict(starts_at_base=False, packed=True, strong={"scale": 10.0})
 BOTTLENECK = dict(bottleneck_size=4, init_weights=False, scale=100.0)
 MASKED = dict(density=0.2, init_weights=False)
+OVER_WEIGHTS = dict(target="both", r=4, adapter_bias=True, init_weights=False)
 LINEAR_BOTTLENECK = dict(activation="identity", use_bias=False, insertion_form="parallel")
 
 METHODS = [
@@ -96,4 +97,13 @@ METHODS = [
         mild={"scale": 10.0},
     ),
     Method("magnitude-mask", MagnitudeMaskConfig, MASKED, "magnitude_mask_", linear=True),
+    Method(
+        "weight-adapter",
+        WeightAdapterConfig,
+        OVER_WEIGHTS,
+        "weight_adapter_",
+        linear=True,
+        packed=True,
+        mild={"scale": 0.3},
+    ),
 ]

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from peft_xmask import AdapterPool, BottleneckConfig, XPEFTConfig
+from peft_xmask import AdapterPool, BottleneckConfig, MagnitudeMaskConfig, XPEFTConfig
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 BATCH = {"input_ids": torch.arange(1, 21).reshape(4, 5), "attention_mask": torch.ones(4, 5).long()}
@@ -21,6 +21,7 @@ ADAPTERS = {
     "xpeft on a branch": ("ann/xpeft", {"revision": "second"}),
     "private": ("ann/private", {}),
     "bottleneck": ("ann/bottleneck", {}),
+    "masked": ("ann/masked", {}),
     "default of two": ("ann/two", {}),
     "other of two": ("ann/two", {"subfolder": "other"}),
     "over a pool": ("ann/over-pool", {}),
@@ -77,6 +78,9 @@ def push_adapters() -> dict[str, Tensor]:
     model = adapted(bottleneck())
     model.push_to_hub("ann/bottleneck")
     expected["bottleneck"] = outputs(model)
+    model = adapted(MagnitudeMaskConfig(task_type="SEQ_CLS", density=0.1, storage_dtype="bfloat16"))
+    model.push_to_hub("ann/masked")
+    expected["masked"] = outputs(model)
     model = adapted(xpeft())
     model.add_adapter("other", xpeft(pool_seed=5))
     model.push_to_hub("ann/two")

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 CLIENT = Path(__file__).parent / "client.py"
 ADAPTERS = (
-    "xpeft", "xpeft on a branch", "private", "bottleneck", "default of two", "other of two", "over a pool",
+    "xpeft", "xpeft on a branch", "private", "bottleneck", "masked", "default of two", "other of two", "over a pool",
     "over a pool on a branch", "over a pool in a subfolder",
 )  # fmt: skip
 POOLS = {
@@ -70,6 +70,15 @@ def test_nothing_of_the_pool_or_the_base_is_pushed_with_a_profile(pushed, hub):
     files = hub.repos["ann/over-pool"].files("main")
     assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert len(files["adapter_model.safetensors"]) < 1200
+
+
+def test_only_values_are_pushed_of_a_magnitude_mask(pushed, hub):
+    files = hub.repos["ann/masked"].files("main")
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    tensors = load(files["adapter_model.safetensors"])
+    values = tensors.pop("base_model.model.delta_table.magnitude_mask_values.weight")
+    assert values.dtype == torch.bfloat16
+    assert all(".classifier." in name for name in tensors)
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_there_were_two_processes_that_spoke_gloo(together):
         assert facts == {"backend": "gloo", "processes": 2}
 
 
-@pytest.mark.parametrize("name", ["hard", "soft", "bottleneck", "accumulated"])
+@pytest.mark.parametrize("name", ["hard", "soft", "bottleneck", "masked", "over weights", "accumulated"])
 def test_two_processes_train_what_one_does(name, together, alone, script):
     """Each process started from other random masks: DDP sends those of the first."""
     config = "hard" if name == "accumulated" else name
@@ -96,7 +96,20 @@ def test_two_processes_train_what_one_does(name, together, alone, script):
 
 
 @pytest.mark.parametrize(
-    "name", ["hard", "soft", "bottleneck", "accumulated", "resumed", "static-hard", "static-noisy"]
+    "name",
+    [
+        "hard",
+        "soft",
+        "bottleneck",
+        "masked",
+        "over weights",
+        "accumulated",
+        "resumed",
+        "static-hard",
+        "static-noisy",
+        "static-masked",
+        "static-over weights",
+    ],
 )
 def test_both_processes_hold_the_same(name, together):
     """Also with Gumbel noise, of which each draws its own: gradients are averaged, masks stay one."""
@@ -109,22 +122,31 @@ def test_a_resumed_run_ends_as_the_whole_one(together):
 
 def test_only_the_first_process_writes(together):
     """The second has a folder of its own: what it would have written is not there."""
-    wanted = {"hard", "soft", "bottleneck", "accumulated", "resumed"}
+    wanted = {"hard", "soft", "bottleneck", "masked", "over weights", "accumulated", "resumed"}
     for rank, expected in ((0, wanted), (1, set())):
         folder = together / f"rank{rank}"
         assert {path.parent.name for path in folder.glob(f"*/{ADAPTER}")} == expected
         checkpoints = {path.parent.name for path in folder.glob(f"*/*/{ADAPTER}")}
         assert checkpoints == ({"checkpoint-3", "checkpoint-6"} if expected else set())
         states = {path.parents[1].name for path in folder.glob(f"*/*/{STATE_FILE}")}
-        assert states == expected - {"bottleneck"}
+        assert states == expected - {"bottleneck", "masked", "over weights"}
     assert not list(together.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("config", ["hard", "bottleneck"])
+@pytest.mark.parametrize("config", ["hard", "bottleneck", "masked", "over weights"])
 def test_a_static_graph_without_a_search_for_unused_parameters(config, together, script):
+    """Each process starts from other values, and DDP sends those of the first: not those in the base's parameters."""
     found = of_rank(together, 0, f"static-{config}")
     alone = script.manual_steps(script.adapted(config), 0, 1)
     torch.testing.assert_close(found["logits"], script.logits(alone), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", ["masked", "over weights"])
+def test_what_is_written_in_place_leaves_the_base_of_each_process_bit_for_bit(config, together, script):
+    """Its head is trained whole and so not the base's; what reads the adapted layers is."""
+    expected = script.logits(script.base())
+    for rank in (0, 1):
+        assert torch.equal(of_rank(together, rank, f"static-{config}")["of the base"], expected)
 
 
 def test_ddp_does_not_send_the_pool(together, script):

@@ -12,8 +12,8 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_xmask import BottleneckConfig, XPEFTConfig
-from peft_xmask.errors import MergeError
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, XPEFTConfig
+from peft_xmask.errors import MaskMismatchError, MergeError
 from peft_xmask.integrations import export_lora
 
 TEXTS = ["Once upon a time, there was a little girl named Lily.", "Tom and his dog went to the park to play."]
@@ -23,6 +23,7 @@ CONFIGS = {
     "bottleneck": lambda: BottleneckConfig(
         task_type="CAUSAL_LM", bottleneck_size=4, activation="identity", insertion_form="parallel", use_bias=False
     ),
+    "magnitude mask": lambda: MagnitudeMaskConfig(task_type="CAUSAL_LM", target_modules=["down_proj"], density=0.02),
 }
 
 
@@ -177,3 +178,72 @@ def test_a_profile_moves_between_the_whole_and_the_quantised_base(base, whole, b
     here.save_pretrained(tmp_path / "of the quantised")
     moved = PeftModel.from_pretrained(whole(), tmp_path / "of the quantised")
     assert moved.peft_config["default"].base_fingerprint == fingerprint
+
+
+def masked(**fields) -> MagnitudeMaskConfig:
+    fields = {"density": 0.02, "init_weights": False, "target_modules": ["down_proj"], **fields}
+    return MagnitudeMaskConfig(task_type="CAUSAL_LM", **fields)
+
+
+def test_a_mask_is_that_of_the_dequantised_weights(base, whole, batch, tmp_path):
+    """Found again on a base quantised likewise; another one, here the whole, is refused."""
+    model = get_peft_model(base.load(), masked())
+    with pytest.raises(MergeError, match="quantised"):
+        model.base_model.model.model.layers[0].mlp.down_proj.merge()
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base.load(), tmp_path), batch), logits(model, batch))
+    with pytest.raises(MaskMismatchError, match="another base, or its weights were changed"):
+        PeftModel.from_pretrained(whole(), tmp_path)
+
+
+def test_the_sparse_path_adds_what_its_matrix_would(base, batch):
+    """Output and gradients, against the same numbers in a matrix; for two adapters of different masks."""
+    torch.manual_seed(0)
+    model = get_peft_model(base.load(), masked())
+    model.add_adapter("second", masked(selection="largest"))
+    model.base_model.set_adapter(["default", "second"])
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    x = torch.randn(3, 5, layer.in_features, dtype=model.dtype, requires_grad=True)
+    y = layer(x)
+    cotangent = torch.randn_like(y)
+    matrix = torch.zeros(layer.out_features, layer.in_features)
+    for change in (*layer.changes("default"), *layer.changes("second")):
+        matrix.view(-1).index_add_(0, change.places.index, change.delta.detach())
+    matrix.requires_grad_()
+    other = x.detach().requires_grad_()
+    expected = layer.base_layer(other) + (other.float() @ matrix.t()).to(y.dtype)
+    tolerance = {"atol": 1e-5, "rtol": 1e-4} if y.dtype == torch.float32 else {"atol": 5e-2, "rtol": 5e-2}
+    torch.testing.assert_close(y, expected, **tolerance)
+    y.backward(cotangent)
+    expected.backward(cotangent)
+    torch.testing.assert_close(x.grad, other.grad, **tolerance)
+    values = model.base_model.table.vectors
+    for name in ("default", "second"):
+        (change,) = layer.changes(name)
+        found = values[name].weight.grad[: len(change.places)]
+        torch.testing.assert_close(found, matrix.grad.view(-1)[change.places.index], **tolerance)
+    with torch.no_grad():
+        mixed = layer(x, adapter_names=["__base__", "default", "second"])
+        assert torch.equal(mixed[0], layer.base_layer(x)[0])
+    layer.set_adapter("second")
+    torch.testing.assert_close(mixed[2], layer(x)[2].detach(), **tolerance)
+
+
+def test_biases_of_quantised_modules_take_part():
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install peft_xmask[quantised]")
+    torch.manual_seed(0)
+    base = nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4")).to("cpu")
+    with torch.no_grad():
+        base[0].bias.copy_(torch.randn(64))
+    x, own = torch.randn(3, 64), base[0].bias.clone()
+    plain = base(x)
+    model = get_peft_model(
+        base, MagnitudeMaskConfig(target_modules=["0"], include_bias=True, density=1.0, init_weights=False)
+    )
+    weight, bias = model.base_model.model[0].changes("default")
+    expected = plain + x @ weight.delta.view(64, 64).t() + bias.delta
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(base[0].get_base_layer().bias, own)
+    model(x).sum().backward()
+    grad = model.base_model.table.vectors["default"].weight.grad
+    torch.testing.assert_close(grad[-64:], torch.full((64,), 3.0))

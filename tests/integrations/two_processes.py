@@ -26,7 +26,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from peft_xmask import BottleneckConfig, XPEFTCallback, XPEFTConfig
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTCallback, XPEFTConfig
 
 GLOBAL_BATCH = 8
 STEPS = 6
@@ -37,6 +37,12 @@ CONFIGS = {
     "soft": lambda: XPEFTConfig(**SIZES, num_adapters=20, mask_type="soft"),
     "noisy": lambda: XPEFTConfig(**SIZES, num_adapters=20, gumbel_noise=0.5, estimator="softmax"),
     "bottleneck": lambda: BottleneckConfig(**SIZES),
+    "masked": lambda: MagnitudeMaskConfig(
+        task_type="CAUSAL_LM", density=0.05, init_weights=False, modules_to_save=["lm_head"]
+    ),
+    "over weights": lambda: WeightAdapterConfig(
+        task_type="CAUSAL_LM", target="weight", r=4, init_weights=False, modules_to_save=["lm_head"]
+    ),
 }
 
 
@@ -90,7 +96,7 @@ def train(config: str, folder: Path, *, accumulate: int = 1, resume: Path | None
         logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, ddp_find_unused_parameters=False, seed=3,
     )  # fmt: skip
     model = adapted(config, rank)
-    callbacks = [] if config == "bottleneck" else [XPEFTCallback(resume_from=resume)]
+    callbacks = [XPEFTCallback(resume_from=resume)] if config in ("hard", "soft", "noisy") else []
     trainer = Trainer(model, arguments, train_dataset=Rows(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model()
@@ -112,12 +118,19 @@ def manual_steps(model: nn.Module, rank: int, processes: int, steps: int = 4) ->
 
 
 def static_graph(config: str, rank: int) -> dict[str, torch.Tensor]:
-    """DDP with its strictest settings; chance, such as Gumbel noise, falls otherwise in each process."""
-    model = DistributedDataParallel(adapted(config, rank), static_graph=True, find_unused_parameters=False)
+    """DDP with its strictest settings; chance, such as Gumbel noise, falls otherwise in each process.
+
+    The model has run before, so that values written into the base are there when DDP sends parameters.
+    """
+    model = adapted(config, rank)
+    logits(model)
+    model = DistributedDataParallel(model, static_graph=True, find_unused_parameters=False)
     torch.manual_seed(10 + rank)
     manual_steps(model, rank, 2)
     sent = sum(buffer.nbytes for buffer in model.modules_buffers)
-    return {**trained(model.module), "logits": logits(model), "bytes sent a pass": torch.tensor(sent)}
+    found = {**trained(model.module), "logits": logits(model), "bytes sent a pass": torch.tensor(sent)}
+    with model.module.disable_adapter():
+        return {**found, "of the base": logits(model)}
 
 
 def sharded(config: str, folder: Path, rank: int) -> dict[str, torch.Tensor]:
@@ -157,13 +170,13 @@ def main(folder: Path) -> None:
     def keep(name: str, found: dict[str, torch.Tensor]) -> None:
         save_file(found, str(mine / f"{name}.safetensors"))
 
-    for config in ("hard", "soft", "bottleneck"):
+    for config in ("hard", "soft", "bottleneck", "masked", "over weights"):
         keep(config, trained(train(config, mine / config, rank=rank)))
     state.wait_for_everyone()
     checkpoint = folder / "rank0" / "hard" / "checkpoint-3"
     keep("resumed", trained(train("hard", mine / "resumed", resume=checkpoint, rank=rank)))
     keep("accumulated", trained(train("hard", mine / "accumulated", accumulate=2, rank=rank)))
-    for config in ("hard", "noisy", "bottleneck"):
+    for config in ("hard", "noisy", "bottleneck", "masked", "over weights"):
         keep(f"static-{config}", static_graph(config, rank))
     for config in ("hard", "bottleneck"):
         keep(f"sharded-{config}", sharded(config, folder / f"sharded-{config}", rank))

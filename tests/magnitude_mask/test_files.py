@@ -140,6 +140,9 @@ def test_targets_that_cannot_be(tiny_bert, masked):
 
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8))
     refused(gpt2, "tied weights", target_modules=["lm_head"])
+    packed = nn.Sequential(nn.Linear(4, 4))
+    packed[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    refused(packed, "weight of '0' is quantised .*Quantise with bitsandbytes", target_modules=["0"])
     refused(tiny_bert().to("meta"), "on the meta device", target_modules=["query"])
     refused(tiny_bert(), "leaves nothing", density=0.0001)
     refused(tiny_bert(), "without a weight", target_modules=["dropout"])

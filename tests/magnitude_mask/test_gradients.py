@@ -222,3 +222,39 @@ def test_compiled_in_one_graph():
         torch.testing.assert_close(model(x), eager(x))  # and then without the graph
     with model.disable_adapter():
         assert same(base_tensors(model), own)
+
+
+def test_several_adapters_of_different_masks_in_one_graph():
+    """Also when another is set, merged and unmerged, or deleted meanwhile."""
+    torch.manual_seed(0)
+    fields = dict(target_modules=["up", "down"], density=0.3, init_weights=False)
+    model = get_peft_model(Pair(), MagnitudeMaskConfig(**fields))
+    model.add_adapter("second", MagnitudeMaskConfig(**{**fields, "density": 0.5}))
+    model.add_adapter("third", MagnitudeMaskConfig(**fields, selection="largest"))
+    x, own = torch.randn(4, 6), base_tensors(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def same_as_without_the_graph() -> None:
+        gradients = []
+        for run in (model, compiled):
+            model.zero_grad()
+            run(x).square().sum().backward()
+            gradients.append([values_of(model, name).grad for name in model.base_model.active_adapters])
+        torch.testing.assert_close(gradients[1], gradients[0])
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
+
+    for names in (["default", "second", "third"], ["third", "second"]):
+        model.base_model.set_adapter(names)
+        same_as_without_the_graph()
+    model.base_model.merge_adapter(["default", "third"])
+    model.base_model.unmerge_adapter()
+    torch.compiler.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    model.base_model.set_adapter(["default", "second", "third"])
+    model.delete_adapter("second")
+    torch.compiler.reset()
+    same_as_without_the_graph()
+    with model.disable_adapter():
+        assert same(base_tensors(model), own)
