@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from .._version import __version__
 from ..errors import PeftXMaskError
-from . import demo, inspection, pool, train
+from . import demo, inspection, pool, reference, train
 from .console import errors
 
 EXPECTED = (PeftXMaskError, ValueError, OSError, ImportError, KeyError)
@@ -32,6 +32,9 @@ app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("eval")(train.evaluate)
 app.command("inspect")(inspection.inspect)
+app.command("cards")(reference.cards)
+app.command("describe")(reference.describe)
+app.command("compare")(reference.compare)
 app.add_typer(pool.app, name="pool")
 
 

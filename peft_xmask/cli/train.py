@@ -24,6 +24,7 @@ class Method(str, Enum):
     xpeft = "xpeft"
     bottleneck = "bottleneck"
     magnitude_mask = "magnitude-mask"
+    weight_adapter = "weight-adapter"
     lora = "lora"
     head = "head"
 
@@ -40,6 +41,14 @@ class MaskType(str, Enum):
 
     hard = "hard"
     soft = "soft"
+
+
+class Target(str, Enum):
+    """What a weight adapter changes."""
+
+    bias = "bias"
+    weight = "weight"
+    both = "both"
 
 
 Data = Annotated[str, typer.Option(help="JSON Lines, CSV or Parquet file, or a Hub dataset.")]
@@ -73,6 +82,8 @@ def train(
     mask_type: Annotated[MaskType, typer.Option(help="Kind of mask.")] = MaskType.hard,
     lora_rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = 8,
     density: Annotated[float, typer.Option(help="Share of the weights that a magnitude mask trains.")] = 0.005,
+    target: Annotated[Target, typer.Option(help="What a weight adapter changes.")] = Target.bias,
+    adapter_rank: Annotated[int, typer.Option(help="Width of a weight adapter.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the head, the order of the data and dropout.")] = 0,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints in OUT/checkpoints; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
@@ -101,6 +112,8 @@ def train(
         top_k=top_k,
         lora_rank=lora_rank,
         density=density,
+        target=target.value,
+        adapter_rank=adapter_rank,
     )
     rows = read_rows(data, text, label, split)
     label_names = label_names_of(rows)

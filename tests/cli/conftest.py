@@ -92,7 +92,7 @@ def adapters(data, minilm, tmp_path_factory) -> dict[str, pathlib.Path]:
     """One adapter of each method, trained for a few steps."""
     folder = tmp_path_factory.mktemp("adapters")
     made = {}
-    for method in ("xpeft", "bottleneck", "magnitude-mask", "lora", "head"):
+    for method in ("xpeft", "bottleneck", "magnitude-mask", "weight-adapter", "lora", "head"):
         made[method] = folder / method
         arguments = ("train", "--base", minilm, "--data", data["jsonl"], *COLUMNS, *QUICK, "--method", method)
         small = ("--num-adapters", 20, "--bottleneck-size", 8, "--out", made[method])

@@ -30,7 +30,14 @@ def test_a_magnitude_mask_folder(adapters, cli):
     assert facts["sizes"]["payload_bytes"] == pytest.approx(4 * 0.005 * 10_616_832, rel=1e-3)
 
 
-@pytest.mark.parametrize("method", ["xpeft", "bottleneck", "magnitude-mask", "lora", "head"])
+def test_a_weight_adapter_folder(adapters, cli):
+    facts = json.loads(cli("inspect", adapters["weight-adapter"], "--json").out)
+    assert facts["method"] == "WEIGHT_ADAPTER"
+    assert (facts["config"]["target"], facts["config"]["r"]) == ("bias", 16)
+    assert facts["sizes"]["payload_bytes"] == 4 * 6 * (1536 + 384)
+
+
+@pytest.mark.parametrize("method", ["xpeft", "bottleneck", "magnitude-mask", "weight-adapter", "lora", "head"])
 def test_every_folder_prints_for_people_too(method, adapters, cli):
     done = cli("inspect", adapters[method])
     assert done.status == 0

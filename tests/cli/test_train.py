@@ -13,12 +13,12 @@ COLUMNS = ("--text", "doc", "--label", "chapter")
 QUICK = ("--max-steps", 3, "--batch-size", 8, "--max-length", 24)
 
 
-@pytest.mark.parametrize("method", ["xpeft", "bottleneck", "magnitude-mask", "lora", "head"])
+@pytest.mark.parametrize("method", ["xpeft", "bottleneck", "magnitude-mask", "weight-adapter", "lora", "head"])
 def test_train_writes_a_peft_folder_that_eval_reads(method, adapters, data, cli):
     folder = adapters[method]
     config = PeftConfig.from_pretrained(str(folder))
-    expected = {"xpeft": "XPEFT", "bottleneck": "BOTTLENECK_ADAPTER", "magnitude-mask": "MAGNITUDE_MASK"}
-    assert config.peft_type == expected.get(method, "LORA")
+    expected = {"bottleneck": "BOTTLENECK_ADAPTER", "lora": "LORA", "head": "LORA"}
+    assert config.peft_type == expected.get(method, method.replace("-", "_").upper())
     assert not (folder / "checkpoints").exists()
     done = cli("eval", "--adapter", folder, "--data", data["csv"], *COLUMNS, "--json")
     assert done.status == 0

@@ -1,0 +1,117 @@
+"""Filling in a card's formulas for a model, and counting what is really there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..size import ADAPTER_FILE, is_head_key
+from .card import Card, card_for
+from .sites import AdaptedSite, adapted_sites, base_of, blocks_of, host_of
+
+
+def formula_values(
+    card: Card, config: Any, base: nn.Module, sites: Sequence[AdaptedSite]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
+    """What the symbols of a card's formulas stand for: per site, per group of sites, and in common."""
+    common = _common_values(config, base, sites)
+    if card.symbols is not None:
+        common |= card.symbols(config, common)
+    per_site = [_site_values(card, config, site) for site in sites]
+    groups: dict[str, dict[str, Any]] = {}
+    for site, values in zip(sites, per_site, strict=True):
+        groups.setdefault(card.group_of(site.name), values)
+    return per_site, list(groups.values()), common
+
+
+def expected_numbers(model: Any, adapter_name: str = "default") -> int:
+    """Trained numbers of an adapter by its card's formula."""
+    return _evaluated(model, adapter_name, "trained")
+
+
+def expected_bytes(model: Any, adapter_name: str = "default") -> int:
+    """Bytes of an adapter's saved tensors by its card's formula."""
+    return _evaluated(model, adapter_name, "stored")
+
+
+def trained_numbers(model: nn.Module) -> int:
+    """Numbers that training would move now, modules saved whole apart, each shared tensor once."""
+    kept_whole = _saved_whole(model)
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not any(f".{part}." in name for part in kept_whole)
+    )
+
+
+def stored_bytes(folder: Path, saved_whole: Sequence[str] = ()) -> int:
+    """Bytes of the method's own tensors in an adapter folder."""
+    from ..files import read_tensors
+
+    tensors, _ = read_tensors(folder / ADAPTER_FILE)
+    return sum(tensor.nbytes for key, tensor in tensors.items() if not is_head_key(key, saved_whole))
+
+
+def _evaluated(model: Any, adapter_name: str, formula: str) -> int:
+    config = model.peft_config[adapter_name]
+    card = card_for(config)
+    sites = adapted_sites(model, adapter_name)
+    total: int = getattr(card, formula).total(*formula_values(card, config, base_of(model), sites))
+    return total
+
+
+def _saved_whole(model: Any) -> set[str]:
+    configs = getattr(model, "peft_config", {}).values()
+    return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()}
+
+
+def _common_values(config: Any, base: nn.Module, sites: Sequence[AdaptedSite]) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        name: value for name, value in vars(config).items() if isinstance(value, (bool, int, float))
+    }
+    if sites:
+        values |= {
+            "d_in_max": max(site.d_in for site in sites),
+            "d_out_max": max(site.d_out for site in sites),
+            "d_min_max": max(min(site.d_in, site.d_out) for site in sites),
+            "d_max_max": max(max(site.d_in, site.d_out) for site in sites),
+        }
+    whole: Any = base
+    embedding = whole.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    width = getattr(getattr(embedding, "weight", None), "shape", (None,))[-1]
+    return {**values, "S": len(sites), "d": width, **_block_values(base)}
+
+
+def _block_values(base: nn.Module) -> Mapping[str, Any]:
+    """Numbers of a block, and of the norm behind the last one, without what adapters add."""
+    names = blocks_of(base)
+    if not names:
+        return {}
+    block = base.get_submodule(names[0])
+    own = sum(parameter.numel() for name, parameter in block.named_parameters() if "shadow_" not in name)
+    parent = base.get_submodule(names[0].rpartition(".")[0].rpartition(".")[0])
+    tables = [
+        module
+        for name, module in parent.named_children()
+        if isinstance(host_of(module), nn.Embedding) and name != "embed_tokens"
+    ]
+    norms = [module for name, module in parent.named_children() if "norm" in name or name == "ln_f"]
+    return {
+        "block_numbers": own,
+        "other_embedding_numbers": sum(parameter.numel() for table in tables for parameter in table.parameters()),
+        "final_norm_numbers": sum(parameter.numel() for norm in norms for parameter in norm.parameters()),
+    }
+
+
+def _site_values(card: Card, config: Any, site: AdaptedSite) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "d_in": site.d_in,
+        "d_out": site.d_out,
+        "bias": site.bias,
+        "names": site.names,
+        "numbers": site.numbers,
+    }
+    return values | dict(card.site_symbols(config, site.name) if card.site_symbols is not None else {})
