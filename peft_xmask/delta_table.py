@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._peft import BaseTunerLayer, check_adapters_to_merge
 from .errors import FileFormatError
 from .holders import Shipped, Trained
+from .root_table import RootTable
 
 
 class Stamp:
@@ -36,7 +36,7 @@ class Stamp:
         return None if weight.is_inference() else weight._version, weight.data_ptr()
 
 
-class DeltaTable(nn.Module, BaseTunerLayer):
+class DeltaTable(RootTable):
     """One vector per adapter, of which every adapted parameter takes a part.
 
     State: ``<state_name>.<adapter>.weight [n]``, which is also what is saved. A subclass names ``state_name`` (with the
@@ -45,7 +45,6 @@ class DeltaTable(nn.Module, BaseTunerLayer):
 
     state_name: str
     holder_cls: type[Trained | Shipped] = Trained
-    in_features = out_features = None  # PEFT asks every tuner layer for them; the table wraps no module
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,27 +54,11 @@ class DeltaTable(nn.Module, BaseTunerLayer):
         self._rounding: dict[str, torch.dtype | None] = {}
         self._stamps: dict[str, Stamp] = {}
         self._parts: dict[str, tuple[Tensor, ...]] = {}
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
 
     @property
     def vectors(self) -> MutableMapping[str, Trained | Shipped]:
         """The vectors by adapter name."""
         return getattr(self, self.state_name)  # type: ignore[no-any-return]
-
-    @property
-    def weight(self) -> None:  # type: ignore[override]
-        """None: the table wraps no module."""
-        return None
-
-    @property
-    def bias(self) -> None:  # type: ignore[override]
-        """None: the table wraps no module."""
-        return None
-
-    def forward(self, x: Any) -> Any:
-        """Pass on what a root that runs its children one after another (``nn.Sequential``) hands to each of them."""
-        return x
 
     def add(self, adapter_name: str, vector: Tensor, sizes: Sequence[int], rounding: torch.dtype | None = None) -> None:
         """Enter an adapter.
@@ -155,22 +138,11 @@ class DeltaTable(nn.Module, BaseTunerLayer):
         _check_finite(adapter_name, vector)
         return vector.to(expected.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Note which adapters the layers have merged."""
-        self.merged_adapters.extend(check_adapters_to_merge(self, adapter_names))
-
-    def unmerge(self) -> None:
-        """Note that the layers have unmerged."""
-        self.merged_adapters.clear()
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
         for notes in (self._sizes, self._starts, self._rounding, self._stamps, self._parts):
             notes.pop(adapter_name, None)  # type: ignore[attr-defined]
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to follow: the table wraps no module, and layers move their parts to where they are."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a copy computes anew."""

@@ -19,6 +19,7 @@ from ..errors import MaskFormatError
 from ..functional import gain_weight, scaled_gain, select_top_k
 from ..holders import Shipped, Trained
 from ..packing import pack_bits, pack_halves, unpack_bits, unpack_halves
+from ..root_table import RootTable
 from ..sharding import gathered
 from .spec import MaskSpec
 
@@ -30,7 +31,7 @@ class XPEFTModule(BaseTunerLayer):
     """What PEFT visits when it sets, enables or deletes an X-PEFT adapter: the sites and the table."""
 
 
-class MaskState(nn.Module, XPEFTModule):
+class MaskState(RootTable, XPEFTModule):
     """Masks of all sites, profiles and adapters of one model, as they are trained and as they are shipped.
 
     An adapter made for training has logits, and bytes that stay zero unless a file is loaded into them; an adapter made
@@ -42,7 +43,6 @@ class MaskState(nn.Module, XPEFTModule):
     xpeft_bits: MutableMapping[str, Shipped]
     xpeft_gain_bits: MutableMapping[str, Shipped]
     adapter_layer_names = ("xpeft_logits", "xpeft_gain", "xpeft_bits", "xpeft_gain_bits")
-    in_features = out_features = None  # PEFT asks every tuner layer for them; the table wraps no module
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,22 +53,6 @@ class MaskState(nn.Module, XPEFTModule):
         self.logit_scale: dict[str, float] = {}
         self.gumbel_noise: dict[str, float] = {}
         self.rebuilt: set[str] = set()
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-
-    @property
-    def weight(self) -> None:  # type: ignore[override]
-        """None: the table wraps no module."""
-        return None
-
-    @property
-    def bias(self) -> None:  # type: ignore[override]
-        """None: the table wraps no module."""
-        return None
-
-    def forward(self, x: Any) -> Any:
-        """Pass on what a root that runs its children one after another (``nn.Sequential``) hands to each of them."""
-        return x
 
     def add(
         self,
@@ -184,9 +168,6 @@ class MaskState(nn.Module, XPEFTModule):
         for note in notes:
             note.pop(adapter_name, None)
         self.rebuilt.discard(adapter_name)
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to follow: the table wraps no module, and sites move masks to where their pool is."""
 
 
 def not_finite(name: str) -> str:

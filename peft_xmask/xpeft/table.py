@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .._peft import check_adapters_to_merge
 from ..errors import ConfigError, MaskFormatError, PeftXMaskWarning
 from ..functional import pick_rows, require
 from ..holders import Shipped
@@ -281,14 +280,6 @@ class MaskTable(MaskState):
             PeftXMaskWarning,
             stacklevel=2,
         )
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Note which adapters the sites have merged."""
-        self.merged_adapters.extend(check_adapters_to_merge(self, adapter_names))
-
-    def unmerge(self) -> None:
-        """Note that the sites have unmerged."""
-        self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
