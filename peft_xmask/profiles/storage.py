@@ -41,7 +41,7 @@ _DTYPES = {
     "torch.uint8": "U8",
     "torch.bool": "BOOL",
 }
-_LOOKS = 5
+_LOOKS = 20
 _BLOCK = 1 << 24  # bytes that are written at once
 
 
@@ -79,7 +79,7 @@ def open_bank(folder: Folder) -> Content:
     """Map a bank's files into memory. Nothing is read but their headers; pages come as they are touched.
 
     Raises:
-        FileFormatError: a file that is missing or damaged, or files that do not belong together.
+        FileFormatError: a file that is missing, damaged or replaced all the time, or files that do not belong together.
     """
     for _ in range(_LOOKS):
         tensors, metadata = _mapped(folder.path / ADAPTER_FILE)
@@ -136,16 +136,34 @@ def write_bank(
 
 
 def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise FileFormatError(f"Expected a file '{path}', found none. Fetch or write the bank again.")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    """Tensors and metadata of one file: safetensors opens a path twice, and a writer may rename in between."""
+    for _ in range(_LOOKS):
+        before = _stamp(path)
+        if before is None:
+            raise FileFormatError(f"Expected a file '{path}', found none. Fetch or write the bank again.")
+        failure = None
+        try:
+            with safetensors.safe_open(str(path), framework="pt") as opened:
+                found = {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
+        except (safetensors.SafetensorError, ValueError, OSError, RuntimeError) as error:
+            failure = error
+        if before != _stamp(path):
+            continue
+        if failure is None:
+            return found
         raise FileFormatError(
-            f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file: {error}. It may be truncated "
-            "or damaged; fetch or write it again."
-        ) from error
+            f"'{path}' ({before[0]} bytes) is not a readable safetensors file: {failure}. It may be truncated or "
+            "damaged; fetch or write it again."
+        ) from failure
+    raise FileFormatError(f"'{path}' was replaced each of the {_LOOKS} times it was opened. Open it again later.")
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What tells a file from the one that replaces it, its size first; None where there is none."""
+    if not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _digest(names: NameIndex) -> str:

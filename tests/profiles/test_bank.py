@@ -223,6 +223,38 @@ def test_two_writers_are_refused(bank, tmp_path):
     assert len(ProfileBank.from_pretrained(tmp_path)) == 5
 
 
+REPLACER = """
+import itertools, os, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+for turn in itertools.count(1):
+    os.link(folder / f"{turn % 2}.safetensors", folder / "next")
+    os.replace(folder / "next", folder / "adapter_model.safetensors")
+    time.sleep(0.002)
+"""
+
+
+def test_header_and_tensors_are_those_of_one_file(bank, tmp_path):
+    """safetensors opens a path twice: two banks, each with the right names beside it, take turns in between."""
+    longer = tmp_path / "longer"
+    bank.save_pretrained(tmp_path)
+    edited = ProfileBank.from_pretrained(tmp_path)
+    edited.add("eve", bank["bob"])
+    edited.save_pretrained(longer)
+    names_file(longer).rename(tmp_path / names_file(longer).name)
+    (tmp_path / "0.safetensors").hardlink_to(tmp_path / MODEL)
+    (tmp_path / "1.safetensors").hardlink_to(longer / MODEL)
+    with subprocess.Popen([sys.executable, "-c", REPLACER, str(tmp_path)]) as replacer:
+        try:
+            seen = set()
+            for _ in range(500):
+                opened = ProfileBank.from_pretrained(tmp_path)
+                seen.add(len(opened))
+                assert all(opened[name] == bank[name] for name in bank)
+        finally:
+            replacer.kill()
+    assert seen == {5, 6}
+
+
 WRITER = """
 import sys
 from peft_xmask.profiles import ProfileBank
