@@ -53,7 +53,10 @@ LIMITS = {
     (WEIGHT, PEANUT): 0.90,
     (WEIGHT, LORA): 1.10,
 }
-ROBERTA_LARGE_PARAMETERS = 355_359_744
+ROBERTA_LARGE = {
+    "hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096,
+    "max_position_embeddings": 514, "type_vocab_size": 1,
+}  # fmt: skip
 
 
 def training_candidates(base, batch, device):
@@ -113,8 +116,7 @@ def inference_candidates(base, batch):
 
 def stored_bytes():
     """Bytes of the file of a model with RoBERTa-large's widths; its vocabulary, which is not adapted, is small."""
-    widths = dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
-    base = RobertaModel(RobertaConfig(**widths, vocab_size=30)).half()
+    base = RobertaModel(RobertaConfig(**ROBERTA_LARGE, vocab_size=30)).half()
     facts = {}
     for dtype in ("float32", "float16"):
         model = get_peft_model(base, WeightAdapterConfig(storage_dtype=dtype))
@@ -122,7 +124,9 @@ def stored_bytes():
         facts[dtype] = {"payload": size.payload_bytes, "file": size.file_bytes}
         base = model.unload()
     numbers = facts["float32"]["payload"] // 4
-    return {**facts, "numbers": numbers, "share": numbers / ROBERTA_LARGE_PARAMETERS}
+    with torch.device("meta"):
+        whole = RobertaModel(RobertaConfig(**ROBERTA_LARGE, vocab_size=50265)).num_parameters()
+    return {**facts, "numbers": numbers, "parameters": whole, "share": numbers / whole}
 
 
 def measure(title, candidates, references, rounds, limit, device):
@@ -187,7 +191,7 @@ def main():
     console.print(
         f"RoBERTa-large's widths, biases: {stored['float32']['payload']:,} bytes in float32 (file "
         f"{stored['float32']['file']:,}), {stored['float16']['payload']:,} in float16 (file "
-        f"{stored['float16']['file']:,}); {stored['numbers']:,} of {ROBERTA_LARGE_PARAMETERS:,} parameters, "
+        f"{stored['float16']['file']:,}); {stored['numbers']:,} of {stored['parameters']:,} parameters, "
         f"{stored['share']:.4%}"
     )
     versions = {"peft": peft.__version__, "torch": torch.__version__, "peft_xmask": peft_xmask.__version__}

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
-from peft_xmask import AdapterPool, BottleneckConfig, MagnitudeMaskConfig, XPEFTConfig
+from peft_xmask import AdapterPool, BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
 
 BASE = "sentence-transformers/all-MiniLM-L6-v2"
 BATCH = {"input_ids": torch.arange(1, 21).reshape(4, 5), "attention_mask": torch.ones(4, 5).long()}
@@ -22,6 +22,7 @@ ADAPTERS = {
     "private": ("ann/private", {}),
     "bottleneck": ("ann/bottleneck", {}),
     "masked": ("ann/masked", {}),
+    "biases": ("ann/biases", {}),
     "default of two": ("ann/two", {}),
     "other of two": ("ann/two", {"subfolder": "other"}),
     "over a pool": ("ann/over-pool", {}),
@@ -81,6 +82,9 @@ def push_adapters() -> dict[str, Tensor]:
     model = adapted(MagnitudeMaskConfig(task_type="SEQ_CLS", density=0.1, storage_dtype="bfloat16"))
     model.push_to_hub("ann/masked")
     expected["masked"] = outputs(model)
+    model = adapted(WeightAdapterConfig(task_type="SEQ_CLS", r=4, storage_dtype="float16"))
+    model.push_to_hub("ann/biases")
+    expected["biases"] = outputs(model)
     model = adapted(xpeft())
     model.add_adapter("other", xpeft(pool_seed=5))
     model.push_to_hub("ann/two")

@@ -9,8 +9,8 @@ from safetensors.torch import load, load_file
 
 CLIENT = Path(__file__).parent / "client.py"
 ADAPTERS = (
-    "xpeft", "xpeft on a branch", "private", "bottleneck", "masked", "default of two", "other of two", "over a pool",
-    "over a pool on a branch", "over a pool in a subfolder",
+    "xpeft", "xpeft on a branch", "private", "bottleneck", "masked", "biases", "default of two", "other of two",
+    "over a pool", "over a pool on a branch", "over a pool in a subfolder",
 )  # fmt: skip
 POOLS = {
     "pool": "ann/pool",
@@ -79,6 +79,16 @@ def test_only_values_are_pushed_of_a_magnitude_mask(pushed, hub):
     values = tensors.pop("base_model.model.delta_table.magnitude_mask_values.weight")
     assert values.dtype == torch.bfloat16
     assert all(".classifier." in name for name in tensors)
+
+
+def test_only_the_deltas_are_pushed_of_a_weight_adapter(pushed, hub):
+    files = hub.repos["ann/biases"].files("main")
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    tensors = {
+        name: each for name, each in load(files["adapter_model.safetensors"]).items() if ".classifier." not in name
+    }
+    assert {each.dtype for each in tensors.values()} == {torch.float16}
+    assert sum(each.numel() for each in tensors.values()) == 2 * (24 + 16)  # blocks, widths of both linears
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, XPEFTConfig
-from peft_xmask.errors import MaskMismatchError, MergeError
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
+from peft_xmask.errors import MaskMismatchError, MergeError, TargetError
 from peft_xmask.integrations import export_lora
+from peft_xmask.magnitude_mask.quantised import dequantised_weight
 
 TEXTS = ["Once upon a time, there was a little girl named Lily.", "Tom and his dog went to the park to play."]
 QUANTISATIONS = ["int8", "nf4", "nf4 in bfloat16", "torchao int8"]
@@ -95,11 +97,11 @@ def train(model: nn.Module, batch: dict[str, torch.Tensor], steps: int = 6) -> l
     return losses
 
 
-def bytes_of_base(model: nn.Module) -> list[torch.Tensor]:
+def bytes_of_base(model: nn.Module, biases: bool = True) -> list[torch.Tensor]:
     """The stored weights of the base, quantised or not."""
     found = []
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and (biases or not name.endswith("bias")):
             plain = parameter.detach()
             inner = [getattr(plain, part) for part in ("qdata", "scale") if hasattr(plain, part)]
             found += [(f"{name}{i}", each.clone()) for i, each in enumerate(inner or [plain])]
@@ -134,6 +136,46 @@ def test_an_adapter_on_a_quantised_base(config, base, batch, tmp_path):
             merge()
     assert torch.equal(logits(model, batch), found)
     assert torch.equal(logits(model.unload(), batch), of_base)
+
+
+@pytest.mark.parametrize("name", QUANTISATIONS)
+def test_biases_of_a_quantised_base_are_adapted(name, minilm, tmp_path):
+    """They are not quantised: they are trained, loaded, merged and restored exactly. Weights are refused."""
+    config, kwargs, weight = quantisation(name)
+
+    def load() -> nn.Module:
+        torch.manual_seed(0)
+        return AutoModel.from_pretrained(minilm, quantization_config=config, device_map="cpu", **kwargs).eval()
+
+    def states(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(**batch).last_hidden_state
+
+    batch = AutoTokenizer.from_pretrained(minilm)(TEXTS, return_tensors="pt", padding=True)
+    model = load()
+    assert type(model.encoder.layer[0].output.dense.weight).__name__ == weight
+    of_base = states(model)
+    with pytest.raises(TargetError, match=r"quantised.*target=\"bias\""):
+        get_peft_model(load(), WeightAdapterConfig(target="weight"))
+
+    model = get_peft_model(model, WeightAdapterConfig())
+    before = bytes_of_base(model, biases=False)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for _ in range(3):
+        model.train()(**batch).last_hidden_state.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(before, bytes_of_base(model, biases=False), strict=True))
+    found = states(model)
+    assert not torch.equal(found, of_base)
+    with model.disable_adapter():
+        assert torch.equal(states(model), of_base)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load(), tmp_path)
+    assert torch.equal(states(loaded), found)
+    assert torch.equal(states(loaded.unload()), of_base)
+    merged = PeftModel.from_pretrained(load(), tmp_path).merge_and_unload(safe_merge=True)
+    assert torch.equal(states(merged), found)
 
 
 def test_after_peft_has_prepared_the_base_for_training(base, batch):
@@ -247,3 +289,20 @@ def test_biases_of_quantised_modules_take_part():
     model(x).sum().backward()
     grad = model.base_model.table.vectors["default"].weight.grad
     torch.testing.assert_close(grad[-64:], torch.full((64,), 3.0))
+
+
+@pytest.mark.parametrize("scope", ["module", "model"])
+def test_a_mask_dequantises_one_weight_at_a_time(scope, base, monkeypatch):
+    made, peak = [], 0
+
+    def noting(name: str, module: nn.Module) -> torch.Tensor:
+        nonlocal peak
+        weight = dequantised_weight(name, module)
+        made.append(StorageWeakRef(weight.untyped_storage()))
+        peak = max(peak, sum(not each.expired() for each in made))
+        return weight
+
+    monkeypatch.setattr("peft_xmask.magnitude_mask.model.dequantised_weight", noting)
+    get_peft_model(base.load(), masked(scope=scope))
+    assert len(made) >= 5
+    assert peak == 1

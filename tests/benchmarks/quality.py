@@ -1,0 +1,189 @@
+"""Test accuracy of methods side by side on real texts with the real MiniLM. Prints a table per task and a JSON line.
+
+Every method has the same frozen base, head, learning rate of the head, steps, batches and seeds. Its own learning rate
+is searched by validation accuracy with seed 0 on a ladder of half decades, from where experience starts it, upwards or
+downwards until it gets worse; the test part is seen only by the rate that won. Finished trainings are kept as
+JSON lines in tests/benchmarks/results/ and never run again; ``--redraw`` only prints them, and ``--plots`` draws
+accuracy against bytes, and training loss against steps.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from quality_methods import GROUPS, METHODS
+from quality_tasks import TASKS, base, load
+from rich.table import Table
+from timing import out, print_json, progress
+
+from peft_xmask import profile_size
+from peft_xmask.classify import TextClassifier, TrainSettings
+
+RESULTS = Path(__file__).resolve().parent / "results"
+HEAD_RATE = 1e-2
+LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+MARKS = 20  # parts of a training whose mean losses are kept, for learning curves
+
+
+class Cells:
+    """Finished trainings of one task, a JSON line each, in a file that only grows."""
+
+    def __init__(self, task):
+        self.task, self.path = task, RESULTS / f"quality-{task}.jsonl"
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        self.lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+
+    def find(self, **wanted):
+        wanted = {"steps": TASKS[self.task].steps, **wanted}
+        return [line for line in self.lines if all(line.get(name) == value for name, value in wanted.items())]
+
+    def keep(self, line):
+        self.lines.append(line)
+        RESULTS.mkdir(exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")
+
+
+def train(task, parts, called, rate, seed, better_than):
+    """One training; the line that is kept. Tested if its validation accuracy is above ``better_than``."""
+    method = METHODS[called]
+    settings = TrainSettings(
+        max_steps=task.steps,
+        batch_size=task.batch_size,
+        learning_rate=1e-2 if method.masks else rate,
+        head_learning_rate=HEAD_RATE,
+        mask_learning_rate=rate if method.masks else 0.1,
+        seed=seed,
+    )
+    classifier = TextClassifier.create(base(), parts.labels, method.config(), pooling=task.head, seed=seed)
+    method.prepare(classifier.model)
+    parameters = {name: p.numel() for name, p in classifier.model.named_parameters() if p.requires_grad}
+    own = sum(count for name, count in parameters.items() if ".modules_to_save." not in name)
+    losses = []
+    hook = classifier.model.register_forward_hook(lambda module, args, output: losses.append(output.loss.detach()))
+    classifier.train(parts.train, settings)
+    hook.remove()
+    with tempfile.TemporaryDirectory() as folder:
+        classifier.save(folder)
+        size = profile_size(folder)
+    validation = round(classifier.evaluate(parts.validation).accuracy, 4)
+    line = {
+        "steps": task.steps, "method": called, "rate": rate, "seed": seed, "trained": own,
+        "payload_bytes": size.payload_bytes or 4 * own, "head_bytes": size.head_bytes, "pool_bytes": size.pool_bytes,
+        "losses": [round(float(part.mean()), 4) for part in torch.stack(losses).chunk(MARKS)],
+        "validation_accuracy": validation,
+    }  # fmt: skip
+    if validation > better_than:
+        line["test_accuracy"] = round(classifier.evaluate(parts.test).accuracy, 4)
+    return line
+
+
+def search(cells, parts, name, tick):
+    """The best rate of a method by validation accuracy of seed 0; of equals, the one tried first."""
+    rates = (HEAD_RATE,) if name == "head only" else LADDER
+    tried = {}
+
+    def score(index):
+        if index not in tried:
+            found = cells.find(method=name, rate=rates[index], seed=0)
+            if not found:
+                best = max(tried.values(), default=-1.0)
+                cells.keep(train(TASKS[cells.task], parts, name, rates[index], 0, best))
+                found = cells.lines[-1:]
+                tick()
+            tried[index] = found[0]["validation_accuracy"]
+        return tried[index]
+
+    here = rates.index(METHODS[name].start) if len(rates) > 1 else 0
+    score(here)
+    while around := [index for index in (here - 1, here + 1) if 0 <= index < len(rates)]:
+        there = max(around, key=score)
+        if score(there) <= score(here):
+            break
+        here = there
+    return rates[here]
+
+
+def measure(task, methods, seeds):
+    """Train what is missing."""
+    cells, parts = Cells(task), load(TASKS[task])
+    with progress() as bar:
+        entry = bar.add_task(task, total=None)
+        for name in methods:
+            rate = search(cells, parts, name, lambda: bar.advance(entry))
+            for seed in range(1, seeds):
+                if not cells.find(method=name, rate=rate, seed=seed):
+                    cells.keep(train(TASKS[task], parts, name, rate, seed, -1.0))
+                    bar.advance(entry)
+
+
+def chosen(task, methods, seeds):
+    """Lines of the rate that won, a list of seeds for each method that has all of them."""
+    cells, found = Cells(task), {}
+    for name in methods:
+        tried = [line for line in cells.find(method=name, seed=0) if "test_accuracy" in line]
+        if not tried:
+            continue
+        best = max(tried, key=lambda line: line["validation_accuracy"])
+        lines = [line for seed in range(seeds) for line in cells.find(method=name, rate=best["rate"], seed=seed)]
+        if len(lines) == seeds:
+            found[name] = lines
+    return found
+
+
+def report(task, methods, seeds):
+    """The table of a task, and its figures."""
+    about = TASKS[task]
+    what = f"{about.dataset}{', ' + about.domain if about.domain else ''}, head: {about.head}"
+    table = Table(title=f"{what}; {about.steps} steps of {about.batch_size}, {seeds} seeds")
+    for column in ("method", "payload", "rate", "validation", "test", "lowest", "highest"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    facts = {}
+    for name, lines in chosen(task, methods, seeds).items():
+        scores = [line["test_accuracy"] for line in lines]
+        validation = statistics.mean(line["validation_accuracy"] for line in lines)
+        facts[name] = {
+            "payload_bytes": lines[0]["payload_bytes"], "rate": lines[0]["rate"], "validation": round(validation, 4),
+            "test": round(statistics.mean(scores), 4), "seeds": scores,
+        }  # fmt: skip
+        numbers = f"{statistics.mean(scores):.3f}", f"{min(scores):.3f}", f"{max(scores):.3f}"
+        table.add_row(name, f"{lines[0]['payload_bytes']:,}", f"{lines[0]['rate']:g}", f"{validation:.3f}", *numbers)
+    out().print(table)
+    return facts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["car"], choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=["typology"], help=f"names, or of {', '.join(GROUPS)}; or all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
+    parser.add_argument("--redraw", action="store_true", help="print what has been measured, train nothing")
+    parser.add_argument("--plots", type=Path, help="folder for the plots, one of each kind for each task")
+    options = parser.parse_args()
+    groups = {**GROUPS, "all": list(METHODS)}
+    methods = list(dict.fromkeys(name for word in options.methods for name in groups.get(word, [word])))
+    if unknown := [name for name in methods if name not in METHODS]:
+        parser.error(f"no such method: {', '.join(unknown)}. Expected: {', '.join([*groups, *METHODS])}")
+    torch.set_num_threads(options.threads)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    facts = {}
+    for task in options.tasks:
+        if not options.redraw:
+            measure(task, methods, options.seeds)
+        facts[task] = report(task, methods, options.seeds)
+        if options.plots:
+            from quality_plots import draw
+
+            draw(options.plots, task, chosen(task, methods, options.seeds))
+    print_json({"benchmark": "quality", "peft": peft.__version__, "seeds": options.seeds, "tasks": facts})
+
+
+if __name__ == "__main__":
+    main()

