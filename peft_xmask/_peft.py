@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
     check_target_module_exists,
+    set_adapter,
 )
 from peft.utils import PeftType, register_peft_method
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -39,6 +40,7 @@ __all__ = [
     "peft_type",
     "quantisation_backend",
     "register",
+    "set_adapter",
     "tuner_key_prefixes",
 ]
 

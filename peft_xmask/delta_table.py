@@ -23,17 +23,44 @@ class Stamp:
 
     def __init__(self, holder: nn.Module) -> None:
         self._tensors = holder._parameters if "weight" in holder._parameters else holder._buffers
-        self._weight = self._tensors["weight"]
-        self._state = self._now()
+        weight = self._tensors["weight"]
+        assert weight is not None
+        self._weight = weight
+        self._version = None if weight.is_inference() else weight._version
+        self._pointer = weight.data_ptr()
 
     def holds(self) -> bool:
-        """Whether it is still the same tensor in the same state."""
-        return self._tensors.get("weight") is self._weight and self._state == self._now()
-
-    def _now(self) -> tuple[int | None, int]:
+        """Whether it is still the same tensor in the same state. Asked in every layer and pass."""
         weight = self._weight
-        assert weight is not None
-        return None if weight.is_inference() else weight._version, weight.data_ptr()
+        return (
+            self._tensors.get("weight") is weight
+            and weight.data_ptr() == self._pointer
+            and (self._version is None or weight._version == self._version)
+        )
+
+
+class Line:
+    """What the parameters of a layer hold: of which adapters, and whether that has to be looked at again.
+
+    No module: to set an attribute of one takes as long as the rest of switching a layer.
+
+    Attributes:
+        served: adapters and their stamps.
+        stale: whether to look again.
+    """
+
+    __slots__ = ("served", "stale")
+
+    def __init__(self) -> None:
+        self.served: tuple[tuple[str, Stamp], ...] = ()
+        self.stale = True
+
+    def holds(self) -> bool:
+        """Whether all that is served is still what it was."""
+        for _, stamp in self.served:  # noqa: SIM110  (a generator takes longer, here in every layer and pass)
+            if not stamp.holds():
+                return False
+        return True
 
 
 class DeltaTable(RootTable):
@@ -105,6 +132,14 @@ class DeltaTable(RootTable):
     def _cut(self, adapter_name: str, vector: Tensor, index: int) -> Tensor:
         part = vector.narrow(0, self._starts[adapter_name][index], self._sizes[adapter_name][index])
         return _rounded(part, self._rounding[adapter_name])
+
+    def sizes(self, adapter_name: str) -> tuple[int, ...]:
+        """Numbers that each part of an adapter's vector takes."""
+        return self._sizes[adapter_name]
+
+    def whole(self, adapter_name: str) -> Tensor:
+        """An adapter's vector, rounded; without a gradient."""
+        return _rounded(self.vectors[adapter_name].weight.detach(), self._rounding[adapter_name])
 
     def rounded(self, adapter_name: str, numbers: Tensor) -> Tensor:
         """Numbers as the adapter's are where they are used; the gradient passes as if they were not rounded."""

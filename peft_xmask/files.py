@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,10 +41,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically. Tensors are made contiguous; the format marker ``pt`` is always set."""
+    """Write a safetensors file atomically. Tensors are made contiguous; the format marker ``pt`` is always set.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk.
+    """
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     notes = {"format": "pt", **(metadata or {})}
-    write_atomically(path, lambda beside: save_file(ready, str(beside), metadata=notes))
+    write_atomically(path, lambda beside: _save(ready, beside, notes))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -84,6 +89,16 @@ def dtype_from_name(name: str) -> torch.dtype:
     if name not in known:
         raise FileFormatError(f"Expected a storage dtype among {sorted(known)}, found {name!r}.")
     return known[name]
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        save_file(tensors, str(path), metadata=metadata)
+    except safetensors.SafetensorError as error:  # it says in words only what the system said
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -117,13 +117,22 @@ def gain_weight(gain: Tensor, scale: float, logit_scale: float) -> Tensor:
 def pick_rows(table: Tensor, rows: int | Tensor | None) -> Tensor:
     """Rows of a table, with a gradient that may be asked for more than once.
 
+    A table with a list ``row_gradients`` gets its gradient there, as pairs of rows ``[R]`` and gradients ``[R, ...]``,
+    and not in ``grad``: nothing of the table's size is made.
+
     Shapes: ``[P, ...]`` and ``rows [R]`` give ``[R, ...]``; one whole number gives ``[1, ...]``; None gives all.
+
+    Args:
+        rows: -1 stands for none: it gives row 0 and hands no gradient to it.
     """
     if rows is None:
         return table
+    collected = None if torch.compiler.is_compiling() else getattr(table, "row_gradients", None)
     if isinstance(rows, int):
-        return table[rows : rows + 1]
-    picked: Tensor = _PickRows.apply(table, rows.to(table.device))  # type: ignore[no-untyped-call]
+        if collected is None:
+            return table[rows : rows + 1]
+        rows = torch.tensor([rows])
+    picked: Tensor = _PickRows.apply(table, rows.to(table.device), collected)  # type: ignore[no-untyped-call]
     return picked
 
 
@@ -266,10 +275,15 @@ class _PickRows(torch.autograd.Function):
     """As :class:`_HardMask`, for rows of a table."""
 
     @staticmethod
-    def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
-        ctx.rows, ctx.shape = rows, table.shape
-        return table.index_select(0, rows)
+    def forward(ctx: Any, table: Tensor, rows: Tensor, collected: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        ctx.rows, ctx.shape, ctx.collected = rows, table.shape, collected
+        return table.index_select(0, rows.clamp_min(0))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.new_zeros(ctx.shape).index_add_(0, ctx.rows, grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        there = ctx.rows >= 0
+        if ctx.collected is not None:
+            ctx.collected.append((ctx.rows[there], grad[there]))
+            return None, None, None
+        grad = grad * there.view(-1, *[1] * (grad.dim() - 1))
+        return grad.new_zeros(ctx.shape).index_add_(0, ctx.rows.clamp_min(0), grad), None, None

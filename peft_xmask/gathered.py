@@ -196,16 +196,8 @@ def product_in_places(left: Tensor, right: Tensor, places: Places) -> Tensor:
     if left.device.type == "cpu" and len(places) <= SAMPLED_DENSITY * places.shape.numel():
         wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
         pattern = places.pattern(wide)
-        rows, columns = _turned(left, wide), _turned(right, wide)
+        rows, columns = left.t().to(wide).contiguous(), right.t().to(wide).contiguous()
         product: Tensor = torch.sparse.sampled_addmm(pattern, rows, columns.t(), beta=0.0)
         return product.values()
     common = left.dtype
     return (left.t() @ right.to(common)).view(-1).index_select(0, index)
-
-
-def _turned(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The transpose, contiguous; copied by blocks of rows, on all threads, which torch would do on one."""
-    turned = torch.empty(matrix.shape[::-1], dtype=dtype)
-    for start in range(0, len(matrix), 256):
-        turned[:, start : start + 256] = matrix[start : start + 256].t()
-    return turned

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ._peft import BaseTunerLayer, check_adapters_to_merge
-from .delta_table import Stamp
+from .delta_table import Line, Stamp
 from .errors import BaseMismatchError, MergeError, StaleGraphError
 from .gathered import Change, Places, run_changed
 from .layer import module_widths
@@ -44,8 +44,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
         self._overrides = {name: Override(base, name) for name, _ in base.named_parameters(recurse=False)}
-        self._served: tuple[tuple[str, Stamp], ...] = ()
-        self._stale, self._released = True, False
+        self._line, self._released = Line(), False
         self._unions: dict[str, tuple[tuple[Tensor, ...], Tensor, list[Tensor]]] = {}
 
     @property
@@ -84,18 +83,18 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._forward_in_graph(x, *args, **kwargs)
-        if self._stale or not all(stamp.holds() for _, stamp in self._served):
+        if self._line.stale or not self._line.holds():
             self.bring_in_line()
-        if torch.is_grad_enabled() and not self.merged:
-            before_backward = partial(self._bring_back, self._served, self._edits())
-            return self._run([name for name, _ in self._served], before_backward, x, *args, **kwargs)
-        return self.base_layer(x, *args, **kwargs)
+        if torch.is_grad_enabled() and not self.merged_adapters:
+            before_backward = partial(self._bring_back, self._line.served, self._edits())
+            return self._run([name for name, _ in self._line.served], before_backward, x, *args, **kwargs)
+        return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]  # sooner found than as an attribute
 
     def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """For ``torch.compile``: a graph cannot look at versions, so it writes each time it runs. That is cheap."""
         names = self._serving()
         self._write(names)
-        self._stale = True
+        self._line.stale = True
         if torch.is_grad_enabled() and not self.merged:
             return self._run(names, _nothing, x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
@@ -120,9 +119,21 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
 
     def _serve(self, names: list[str]) -> None:
         wanted = tuple((name, self.stamp(name)) for name in names)
-        if self._stale or wanted != self._served:
+        if self._line.stale or wanted != self._line.served:
             self._write(names)
-            self._served, self._stale = wanted, False
+            self.note_served(wanted)
+
+    def serves(self, wanted: tuple[tuple[str, Stamp], ...]) -> bool:
+        """Whether the parameters are in line for these adapters."""
+        return not self._line.stale and self._line.served == wanted
+
+    def note_served(self, served: tuple[tuple[str, Stamp], ...]) -> None:
+        """Take it that the parameters are in line for these adapters."""
+        self._line.served, self._line.stale = served, False
+
+    def all_overrides(self) -> list[Override]:
+        """Of all of the module's own parameters."""
+        return list(self._overrides.values())
 
     def _bring_back(self, served: tuple[tuple[str, Stamp], ...], edits: list[tuple[int, int]]) -> None:
         """Let the parameters be what they were in a forward pass that served these adapters."""
@@ -136,9 +147,9 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
                 "Expected a base and adapters as they were in the forward pass, found that they were changed, deleted "
                 "or unloaded since. Run backward before the optimizer's step and before such calls."
             )
-        changes = self._stale or self._served != served
+        changes = self._line.stale or self._line.served != served
         self._serve(names)
-        self._stale = changes
+        self._line.stale = changes
 
     def _edits(self) -> list[tuple[int, int]]:
         return [override.edits for override in self._overrides.values()]
@@ -180,8 +191,11 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
 
     def _find_unions(self) -> None:
         """Find the unions of the next forward pass: a graph could not, since their sizes depend on numbers."""
+        serving = self._serving()
+        if len(serving) < 2:
+            return
         places: dict[str, list[Tensor]] = {}
-        for adapter_name in self._serving():
+        for adapter_name in serving:
             for name, each in self.places(adapter_name).items():
                 places.setdefault(name, []).append(each.on(self._overrides[name].parameter.device))
         for name, indexes in places.items():
@@ -203,7 +217,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
             if out is None:
                 out = y.new_empty((x.shape[0], *y.shape[1:]))
             out[rows] = y
-        self._stale = True
+        self._line.stale = True
         return out
 
     def restore(self) -> None:
@@ -214,25 +228,30 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         """
         for override in self._overrides.values():
             override.restore()
-        self._served, self._stale = (), True
+        self._line.served, self._line.stale = (), True
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters. If none of them changes this module, it gets its own numbers back at once."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._stale = True  # torch does not count changes through .data
-        if self._served and not self._serving():
+        self._note_set_adapter()
+
+    def _note_set_adapter(self) -> None:
+        self._line.stale = True  # torch does not count changes through .data
+        serving = self._serving()
+        if self._line.served and not serving:
             self.restore()
-        self._find_unions()
+        if len(serving) > 1:
+            self._find_unions()
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode; the parameters are brought in line anew."""
-        self._stale = True
+        self._line.stale = True
         return super().train(mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters. Disabled, the module has its own numbers at once, unless they are merged."""
         super().enable_adapters(enabled)
-        self._stale = True
+        self._line.stale = True
         if not enabled and not self.merged:
             self.restore()
 
@@ -240,7 +259,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         """Forget an adapter."""
         if adapter_name in self.merged_adapters:
             self.unmerge()
-        if any(name == adapter_name for name, _ in self._served):
+        if any(name == adapter_name for name, _ in self._line.served):
             self.restore()
         self._unions.clear()
         super().delete_adapter(adapter_name)
@@ -266,14 +285,14 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
             written = [each.parameter for each in self._overrides.values() if each.written]
             if safe_merge and not all(parameter.isfinite().all() for parameter in written):
                 self._write(self.merged_adapters)
-                self._served, self._stale = (), True
+                self._line.served, self._line.stale = (), True
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken. This module was left "
                     "as it was; load or train the adapter again."
                 )
             merged.append(name)
         self.merged_adapters = merged
-        self._served, self._stale = tuple((name, self.stamp(name)) for name in merged), False
+        self._line.served, self._line.stale = tuple((name, self.stamp(name)) for name in merged), False
 
     def unmerge(self) -> None:
         """Give the parameters their own numbers back, bit for bit."""
@@ -301,7 +320,7 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
                     override.restore()
                 except BaseMismatchError:
                     override.forget()
-                self._served, self._stale = (), True
+                self._line.served, self._line.stale = (), True
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -310,6 +329,9 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         applied = super()._apply(fn, recurse)
         if self.merged:
             self._write(self.merged_adapters)
+        for adapter_name in self._all_available_adapter_names():
+            for name, each in self.places(adapter_name).items():
+                each.on(self._overrides[name].parameter.device)
         self._find_unions()
         return applied
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from ._peft import BaseTunerLayer
+from ._peft import AuxiliaryTrainingWrapper, BaseTunerLayer, set_adapter
 from .delta_table import DeltaTable
 from .errors import ConfigError, FileFormatError, TargetError
 from .in_place import InPlaceLayer
@@ -36,6 +36,15 @@ class InPlaceTuner(TargetTuner):
             if isinstance(module, InPlaceLayer) and not module.merged:
                 module.restore()
         super()._prepare_model(peft_config, model)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters: what PEFT does, to the modules that it would find by walking over all of them twice.
+
+        Those walks take longer than the rest of a switch.
+        """
+        found = _Found(self.model, (AuxiliaryTrainingWrapper, self.tuner_layer_cls))
+        set_adapter(found, adapter_name, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls)
+        self.active_adapter = adapter_name
 
     @property
     def table(self) -> DeltaTable:
@@ -155,6 +164,27 @@ class InPlaceTuner(TargetTuner):
             )
         state_dict = {**state_dict, key: table.check_stored(adapter_name, state_dict[key])}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+class _Found:
+    """The modules of some classes inside a model, where PEFT asks a model for its modules."""
+
+    def __init__(self, model: nn.Module, classes: tuple[type, ...]) -> None:
+        seen, kinds = {model}, {}
+        queue, self._found = [model], []
+        for module in queue:
+            kind = type(module)
+            if kind not in kinds:
+                kinds[kind] = issubclass(kind, classes)
+            if kinds[kind]:
+                self._found.append(module)
+            for child in module._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    queue.append(child)
+
+    def modules(self) -> list[nn.Module]:
+        return self._found
 
 
 def find_table(model: nn.Module) -> DeltaTable:

@@ -35,8 +35,8 @@ class Override:
     @property
     def parameter(self) -> Tensor:
         """The parameter as it is now."""
-        parameter: Tensor = getattr(self.module, self.name)
-        return parameter
+        parameter = self.module._parameters.get(self.name)  # found much sooner than as an attribute
+        return getattr(self.module, self.name) if parameter is None else parameter
 
     @property
     def edits(self) -> tuple[int, int]:
@@ -65,18 +65,42 @@ class Override:
         Raises:
             BaseMismatchError: somebody changed the parameter in the places that were written before.
         """
-        with _writing():
+        with writing():
             if self._own is None or places is not self._places:
                 self._restore()
             else:
                 self._refuse_changes(thorough=False)
             own = self._get(places) if self._own is None else self._own
-            written = combined(own, delta)
-            checksum = _checksum(written)
-            self._places, self._own, self._seen = places, own, (-1, 0, checksum)
-            self._put(places, written)
-            if not torch.compiler.is_compiling():
-                self._seen = (self.parameter._version, self.parameter.data_ptr(), checksum)
+            self._replace(places, own, combined(own, delta))
+
+    def holds(self, places: Tensor) -> bool:
+        """Whether it is exactly these places that hold other numbers than the parameter's own."""
+        return self._own is not None and self._places is places
+
+    def check(self) -> None:
+        """See that nobody changed the parameter, as far as torch counts changes.
+
+        Raises:
+            BaseMismatchError: somebody did, in the places that are written.
+        """
+        self._refuse_changes(thorough=False)
+
+    def rewrite(self, own: Tensor, written: Tensor) -> None:
+        """Let the places that are written already hold these numbers. Call it in :func:`writing`, after :meth:`check`.
+
+        Args:
+            own: equal to :attr:`own`, and kept in its place.
+            written: ``own + delta``, of the parameter's dtype and on its device.
+        """
+        self._replace(self._places, own, written)
+
+    def _replace(self, places: Tensor | None, own: Tensor, written: Tensor) -> None:
+        evidence = _checksum(written) if places is None else written
+        self._places, self._own, self._seen = places, own, (-1, 0, evidence)
+        self._put(places, written)
+        if not torch.compiler.is_compiling():
+            parameter = self.parameter
+            self._seen = (parameter._version, parameter.data_ptr(), evidence)
 
     def restore(self) -> None:
         """Give the parameter its own numbers back; nothing to do if it has them.
@@ -85,7 +109,7 @@ class Override:
             BaseMismatchError: somebody changed the parameter in the places that were written.
         """
         if self._own is not None:
-            with _writing():
+            with writing():
                 self._restore()
 
     def _restore(self) -> None:
@@ -121,12 +145,13 @@ class Override:
         parameter = self.parameter
         assert self._own is not None
         assert self._seen is not None
-        version, pointer, checksum = self._seen
+        version, pointer, evidence = self._seen
         if not thorough and (parameter._version, parameter.data_ptr()) == (version, pointer):
             return
         if parameter.dtype == self._own.dtype:
-            found = _checksum(self._get(self._places))
-            if torch.equal(found, checksum) or torch.equal(found, _checksum(self._own)):
+            look = _checksum if self._places is None else _bits
+            found, expected = look(self._get(self._places)), evidence if self._places is None else look(evidence)
+            if torch.equal(found, expected) or torch.equal(found, look(self._own)):
                 return
         raise BaseMismatchError(
             f"Expected in '{self.name}' of a {type(self.module).__name__} the numbers that the active adapter put "
@@ -139,7 +164,7 @@ class Override:
 
 
 @contextmanager
-def _writing() -> Iterator[None]:
+def writing() -> Iterator[None]:
     """Without gradients; and what is kept can be used outside of inference mode too."""
     if torch.compiler.is_compiling():
         with torch.no_grad():
@@ -155,7 +180,12 @@ def combined(own: Tensor, delta: Tensor) -> Tensor:
     return (own.to(wide) + delta.to(own.device, wide).view(own.shape)).to(own.dtype)
 
 
-def _checksum(numbers: Tensor) -> Tensor:
-    """Of the bits; on the numbers' device, so that nobody waits for it unless it is looked at."""
+def _bits(numbers: Tensor) -> Tensor:
+    """As integers, which are equal where the bits are."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()]
-    return numbers.contiguous().view(integers).sum(dtype=torch.int64)
+    return numbers.contiguous().view(integers)
+
+
+def _checksum(numbers: Tensor) -> Tensor:
+    """Of the bits, for a parameter that is written whole: less to keep than a copy."""
+    return _bits(numbers).sum(dtype=torch.int64)

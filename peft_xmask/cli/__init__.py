@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from .._version import __version__
 from ..errors import PeftXMaskError
-from . import demo, inspection, pool, reference, train
+from . import bank, demo, inspection, plot, pool, reference, train
 from .console import errors
 
 EXPECTED = (PeftXMaskError, ValueError, OSError, ImportError, KeyError)
@@ -36,6 +36,8 @@ app.command("cards")(reference.cards)
 app.command("describe")(reference.describe)
 app.command("compare")(reference.compare)
 app.add_typer(pool.app, name="pool")
+app.add_typer(bank.app, name="bank")
+app.add_typer(plot.app, name="plot")
 
 
 def _print_version(wanted: bool) -> None:
@@ -58,7 +60,7 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and exit with its status: 0, 1 (demo found a difference), 2 (error), 130 (interrupted)."""
+    """Run the command line and exit with its status: 0, 1 (a check found something), 2 (error), 130 (interrupted)."""
     quieten()
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 

@@ -110,7 +110,7 @@ def compare(
 
     writers = [_writer(path) for path in out or ()]
     settings = _settings(setting or [])
-    candidates = [_candidate(method, task, settings) for method in methods]
+    candidates = [candidate(method, task, settings) for method in methods]
     model = load_model(base, task)
     with progress_bar("comparing", total=len(candidates) + 1 + repeats) as report:
         result = measure(model, candidates, repeats=repeats, progress=report)
@@ -146,7 +146,7 @@ def load_model(name: str, task: Any, adapter: Path | None = None) -> nn.Module:
     return model
 
 
-def _candidate(method: str, task: str, settings: dict[str, dict[str, Any]]) -> PeftConfig | str:
+def candidate(method: str, task: str, settings: dict[str, dict[str, Any]]) -> PeftConfig | str:
     """A config of a method, or the folder of an adapter."""
     if os.path.isdir(method):
         return method

@@ -16,7 +16,7 @@ COMBINATIONS = ("avg", "linear")
 def combine(vectors: Sequence[Tensor], weights: Sequence[float], combination: str) -> Tensor:
     """``sum_i w_i v_i``, for ``"avg"`` divided by ``sum_i w_i``; added in float64, rounded once.
 
-    Shapes: each ``[n] -> [n]``.
+    Shapes: all alike, which is that of the result.
 
     Raises:
         ConfigError: an unknown combination, another number of weights than of vectors, weights that are not finite, or,
@@ -29,5 +29,5 @@ def combine(vectors: Sequence[Tensor], weights: Sequence[float], combination: st
     total = factors.sum() if combination == "avg" else torch.ones(())
     if not factors.isfinite().all() or total == 0:
         raise ConfigError(f"weights={list(weights)} is not possible. Expected finite numbers that do not cancel out.")
-    stacked = torch.stack([vector.detach().cpu().double() for vector in vectors])
-    return ((factors / total) @ stacked).to(vectors[0].device, vectors[0].dtype)
+    stacked = torch.stack([vector.detach().cpu().double().flatten() for vector in vectors])
+    return ((factors / total) @ stacked).view(vectors[0].shape).to(vectors[0].device, vectors[0].dtype)

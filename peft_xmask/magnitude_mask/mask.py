@@ -4,14 +4,17 @@ Magnitudes are ordered by ``(|w|, position)``, position being (parameter, flat i
 for the whole model: the coarsest that a targeted parameter has. Rounding to a coarser dtype never swaps two magnitudes,
 it only makes some equal: so a base that is loaded in a coarser dtype than the mask was made in shows the same mask,
 except among the magnitudes that equal the threshold. Which of these were chosen is what has to be told, a bit for each.
+
+Parameters that share no threshold are looked at one module after another. Those of the whole model that share one are
+read several times, one after another, rather than held together: they may be dequantised for it.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -35,13 +38,26 @@ class Candidate:
 
     Attributes:
         owner: name of its module; the parameters of one module have one threshold with ``scope="module"``.
-        numbers: the parameter.
+        numbers: the parameter; or what makes its numbers each time they are read, and whose result nobody keeps.
         excluded: index of a slice that takes no part (an embedding's padding row); None: none.
+        shape, dtype, device: of the numbers.
     """
 
     owner: str
-    numbers: Tensor
+    numbers: Tensor | Callable[[], Tensor]
     excluded: int | None = None
+    shape: torch.Size = field(init=False)
+    dtype: torch.dtype = field(init=False)
+    device: torch.device = field(init=False)
+
+    def __post_init__(self) -> None:
+        numbers = self.read()
+        for name in ("shape", "dtype", "device"):
+            object.__setattr__(self, name, getattr(numbers, name))
+
+    def read(self) -> Tensor:
+        """The numbers."""
+        return self.numbers.detach() if isinstance(self.numbers, Tensor) else self.numbers()
 
 
 @dataclass(frozen=True)
@@ -72,21 +88,22 @@ class Mask:
     fingerprint: str
 
 
-def make_mask(candidates: Sequence[Candidate], rule: Rule, dtype: str | None = None) -> Mask:
+def make_mask(candidates: Sequence[Candidate], rule: Rule, dtype: str | None = None, *, tell_ties: bool = True) -> Mask:
     """Choose a mask on a base.
 
     Args:
         dtype: in which magnitudes are compared; None: the coarsest that a candidate has.
+        tell_ties: whether the mask is to say what the base would need to know in another dtype.
 
     Raises:
         TargetError: parameters with one threshold in which the density leaves nothing.
     """
     dtype = dtype or coarsest_dtype(candidates)
     chosen: dict[int, Tensor] = {}
-    told: dict[str, list[Tensor]] = {name: [] for name in _COARSER[dtype] if rule.selection != "random"}
+    told: dict[str, list[Tensor]] = {name: [] for name in _COARSER[dtype] if tell_ties and rule.selection != "random"}
     for number, members in enumerate(_groups(candidates, rule)):
         group = [candidates[i] for i in members]
-        keys = [_keys(each, rule, dtype) for each in group]
+        keys = _Keys(group, rule, dtype)
         count = _count(group[0].owner, keys, rule)
         if rule.selection == "random":
             found = _random(keys, count, rule.seed, number)
@@ -116,7 +133,7 @@ def recover_mask(
     """
     here = coarsest_dtype(candidates)
     if here in (dtype, "float32") or rule.selection == "random":
-        places = [each.index for each in make_mask(candidates, rule, dtype).places]
+        places = [each.index for each in make_mask(candidates, rule, dtype, tell_ties=False).places]
     else:
         places = _places_with_ties(candidates, rule, here, ties.get(here, ""))
     mask = _mask(candidates, places, dtype, ties)
@@ -134,7 +151,7 @@ def recover_mask(
 
 def coarsest_dtype(candidates: Iterable[Candidate]) -> str:
     """Name of the dtype in which all candidates can be compared fairly."""
-    present = {candidate.numbers.dtype for candidate in candidates}
+    present = {candidate.dtype for candidate in candidates}
     half = present & {torch.bfloat16, torch.float16}
     return str(half.pop()).removeprefix("torch.") if len(half) == 1 else "float32"
 
@@ -142,8 +159,8 @@ def coarsest_dtype(candidates: Iterable[Candidate]) -> str:
 def _mask(candidates: Sequence[Candidate], chosen: Sequence[Tensor], dtype: str, ties: Mapping[str, str]) -> Mask:
     parts: list[bytes] = []
     for candidate, index in zip(candidates, chosen, strict=True):
-        parts += [repr(tuple(candidate.numbers.shape)).encode(), index.cpu().numpy().astype("<i8").tobytes()]
-    places = tuple(Places(index, each.numbers.shape) for index, each in zip(chosen, candidates, strict=True))
+        parts += [repr(tuple(candidate.shape)).encode(), index.cpu().numpy().astype("<i8").tobytes()]
+    places = tuple(Places(index, each.shape) for index, each in zip(chosen, candidates, strict=True))
     return Mask(places, dtype, dict(ties), digest_of(parts))
 
 
@@ -157,10 +174,10 @@ def _groups(candidates: Sequence[Candidate], rule: Rule) -> list[list[int]]:
 
 def _keys(candidate: Candidate, rule: Rule, *dtypes: str) -> Tensor:
     """For each number an int32: the lower, the sooner it is chosen; negative for one that takes no part."""
-    numbers = candidate.numbers.detach()
     if rule.selection == "random":
-        keys = torch.zeros(numbers.shape, dtype=torch.int32, device=numbers.device)
+        keys = torch.zeros(candidate.shape, dtype=torch.int32, device=candidate.device)
     else:
+        numbers = candidate.read()
         for dtype in dtypes:
             numbers = numbers.to(dtype_from_name(dtype))
         keys = numbers.abs().float().contiguous().view(torch.int32)  # of numbers not below 0, bits order as they do
@@ -172,7 +189,18 @@ def _keys(candidate: Candidate, rule: Rule, *dtypes: str) -> Tensor:
     return keys.view(-1)
 
 
-def _count(owner: str, keys: Sequence[Tensor], rule: Rule) -> int:
+class _Keys:
+    """Keys of candidates with one threshold: kept if they are of one module, else made anew each time they are read."""
+
+    def __init__(self, group: Sequence[Candidate], rule: Rule, dtype: str) -> None:
+        self._make = lambda: (_keys(each, rule, dtype) for each in group)
+        self._kept = list(self._make()) if rule.scope == "module" else None
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._kept) if self._kept is not None else self._make()
+
+
+def _count(owner: str, keys: Iterable[Tensor], rule: Rule) -> int:
     eligible = sum(int((key >= 0).sum()) for key in keys)
     count = round(rule.density * eligible)
     if count < 1:
@@ -183,10 +211,10 @@ def _count(owner: str, keys: Sequence[Tensor], rule: Rule) -> int:
     return count
 
 
-def _kth(keys: Sequence[Tensor], count: int) -> int:
+def _kth(keys: Iterable[Tensor], count: int) -> int:
     """The ``count``-th lowest key of all, by its upper and then its lower 16 bits. Linear time, no sorting."""
-    high, before = _bin([key[key >= 0] >> 16 for key in keys], 1 << 15, count)
-    low, _ = _bin([key[key >> 16 == high] & 0xFFFF for key in keys], 1 << 16, count - before)
+    high, before = _bin((key[key >= 0] >> 16 for key in keys), 1 << 15, count)
+    low, _ = _bin((key[key >> 16 == high] & 0xFFFF for key in keys), 1 << 16, count - before)
     return high << 16 | low
 
 
@@ -199,13 +227,15 @@ def _bin(numbers: Iterable[Tensor], bins: int, count: int) -> tuple[int, int]:
     return found, int(sums[found] - total[found])
 
 
-def _first(keys: Sequence[Tensor], threshold: int, count: int) -> list[Tensor]:
+def _first(keys: Iterable[Tensor], threshold: int, count: int) -> list[Tensor]:
     """Positions of the first ``count`` in the order of (key, position)."""
-    found = [((key >= 0) & (key <= threshold)).nonzero().view(-1) for key in keys]
+    found, ties = [], []
+    for key in keys:
+        found.append(((key >= 0) & (key <= threshold)).nonzero().view(-1))
+        ties.append((key[found[-1]] == threshold).nonzero().view(-1))
     surplus = sum(len(index) for index in found) - count
-    for i in reversed(range(len(keys))):
-        ties = (keys[i][found[i]] == threshold).nonzero().view(-1)
-        dropped = ties[max(0, len(ties) - surplus) :]
+    for i in reversed(range(len(found))):
+        dropped = ties[i][max(0, len(ties[i]) - surplus) :]
         surplus -= len(dropped)
         kept = torch.ones(len(found[i]), dtype=torch.bool, device=found[i].device)
         kept[dropped] = False
@@ -225,7 +255,7 @@ def _places_with_ties(candidates: Sequence[Candidate], rule: Rule, dtype: str, p
     told, at = _unpack(packed), 0
     chosen: dict[int, Tensor] = {}
     for members in _groups(candidates, rule):
-        keys = [_keys(candidates[i], rule, dtype) for i in members]
+        keys = _Keys([candidates[i] for i in members], rule, dtype)
         threshold = _kth(keys, _count(candidates[members[0]].owner, keys, rule))
         for i, key in zip(members, keys, strict=True):
             ties = (key == threshold).nonzero().view(-1)
@@ -238,14 +268,15 @@ def _places_with_ties(candidates: Sequence[Candidate], rule: Rule, dtype: str, p
     return [chosen[i] for i in range(len(candidates))]
 
 
-def _random(keys: Sequence[Tensor], count: int, seed: int, stream: int) -> list[Tensor]:
-    eligible = [(key >= 0).nonzero().view(-1) for key in keys]
-    drawn = torch.from_numpy(distinct(count, sum(len(each) for each in eligible), seed=seed, stream=stream))
+def _random(keys: Iterable[Tensor], count: int, seed: int, stream: int) -> list[Tensor]:
+    total = sum(int((key >= 0).sum()) for key in keys)
+    drawn = torch.from_numpy(distinct(count, total, seed=seed, stream=stream))
     found, start = [], 0
-    for each in eligible:
-        own = drawn[(drawn >= start) & (drawn < start + len(each))] - start
-        found.append(each[own.to(each.device)])
-        start += len(each)
+    for key in keys:
+        eligible = (key >= 0).nonzero().view(-1)
+        own = drawn[(drawn >= start) & (drawn < start + len(eligible))] - start
+        found.append(eligible[own.to(eligible.device)])
+        start += len(eligible)
     return found
 
 

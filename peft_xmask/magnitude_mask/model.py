@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -139,7 +141,9 @@ class MagnitudeMaskModel(InPlaceTuner):
                 None if config.storage_dtype in (None, "float32") else dtype_from_name(config.storage_dtype or "")
             )
             self.table.add(adapter_name, *self._new, rounding)
-        layer.add(adapter_name, share, self.table)
+        table = self.table
+        assert isinstance(table, ValueTable)  # it is of this tuner's table_cls
+        layer.add(adapter_name, share, table)
 
 
 def _mask_of(config: MagnitudeMaskConfig, candidates: list[Candidate], quantised: bool) -> Mask:
@@ -151,8 +155,7 @@ def _mask_of(config: MagnitudeMaskConfig, candidates: list[Candidate], quantised
             ties=config.mask_ties or {},
             fingerprint=config.expected_mask_fingerprint,
         )
-    mask = make_mask(candidates, config.rule)
-    return replace(mask, ties={}) if quantised else mask  # a large share of its few levels would be ties
+    return make_mask(candidates, config.rule, tell_ties=not quantised)  # of a few levels a large share would be ties
 
 
 def _trained_parameters(layer: nn.Module, config: MagnitudeMaskConfig) -> list[str]:
@@ -162,9 +165,9 @@ def _trained_parameters(layer: nn.Module, config: MagnitudeMaskConfig) -> list[s
     return parameter_names(layer, bias=config.include_bias or (isinstance(weight, Tensor) and weight.dim() == 1))
 
 
-def _numbers(name: str, layer: nn.Module, parameter: str) -> Tensor:
+def _numbers(name: str, layer: nn.Module, parameter: str) -> Tensor | Callable[[], Tensor]:
     if parameter == "weight" and is_quantised(layer):
-        return dequantised_weight(name, layer)
+        return partial(dequantised_weight, name, layer)
     numbers: Tensor = getattr(layer, parameter)
     return numbers
 
@@ -175,11 +178,11 @@ def _padding(layer: nn.Module, parameter: str) -> int | None:
 
 def _start(config: MagnitudeMaskConfig, candidates: list[Candidate], mask: Mask) -> Tensor:
     """Where values start: zero, or normal with the root mean square of their parameter."""
-    device = candidates[0].numbers.device
+    device = candidates[0].device
     if config.init_weights or config.inference_mode:
         return torch.zeros(sum(len(each) for each in mask.places), device=device)
     drawn = [
-        torch.randn(len(places)) * float(candidate.numbers.detach().float().square().mean().sqrt())
+        torch.randn(len(places)) * float(candidate.read().float().square().mean().sqrt())
         for candidate, places in zip(candidates, mask.places, strict=True)
     ]
     return torch.cat(drawn).to(device)

@@ -1,6 +1,39 @@
 """Very many profiles: one folder that holds them all."""
 
-from .bank import ProfileBank
-from .profile import Profile
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Profile", "ProfileBank"]
+from .bank import ProfileBank
+from .collator import ProfileCollator
+from .difference import Change, Difference, compare_banks
+from .profile import Profile
+from .row_adamw import RowAdamW
+from .similar import Neighbour
+from .verification import Problem, Verification, verify_bank
+
+if TYPE_CHECKING:
+    from .training import TrainedBank, train_profiles
+
+__all__ = [
+    "Change",
+    "Difference",
+    "Neighbour",
+    "Problem",
+    "Profile",
+    "ProfileBank",
+    "ProfileCollator",
+    "RowAdamW",
+    "TrainedBank",
+    "Verification",
+    "compare_banks",
+    "train_profiles",
+    "verify_bank",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what trains, and with it the Trainer, only when it is asked for."""
+    if name in ("TrainedBank", "train_profiles"):
+        from . import training
+
+        return getattr(training, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -36,12 +36,13 @@ def check_alike(bank: Bank, other: Bank) -> None:
         raise ConfigError(
             f"Expected profiles like those of this bank, found {said or f'{other.spec.num_sites} sites'}."
         )
-    if other.shared and not _same_tensors(bank.shared, other.shared):
+    if other.shared and not same_tensors(bank.shared, other.shared):
         raise ConfigError(
             "Expected the head that all profiles of this bank share, found another one. A bank holds masks for one "
             "head: train profiles with the head fixed, or keep them as adapters of their own."
         )
 
 
-def _same_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+def same_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether the same names have the same tensors, bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[key].cpu(), second[key].cpu()) for key in first)

@@ -17,6 +17,7 @@ from ..xpeft.spec import MaskSpec
 from .combinatorial import decode, encode
 from .names import TENSORS, NameIndex
 from .profile import Profile
+from .settings import config_of
 
 FORMAT, VERSION = "peft_xmask.bank_archive", "1"
 _CODED, _GAIN_BITS, _SHARED = "coded", "gain_bits", "shared."
@@ -74,13 +75,15 @@ def read_archive(path: Path) -> tuple[XPEFTConfig, Tensor, Tensor | None, NameIn
             f"{facts.get('archive_version')!r}."
         )
     try:
-        fields: dict[str, Any] = json.loads(facts["config"])
-        config = XPEFTConfig.from_peft_type(**fields)
+        fields: dict[str, Any] = dict(json.loads(facts["config"]))
         sites = int(facts["sites"])
         index = NameIndex({name: tensors[name] for name in TENSORS})
         coded = tensors[_CODED]
     except (KeyError, ValueError, TypeError) as error:
         raise FileFormatError(f"'{path}' is not a readable bank archive: {error!r}. It is damaged.") from error
+    config = config_of(fields, str(path))
+    if len(coded) != len(index):
+        raise FileFormatError(f"Expected names for {len(coded)} profiles in '{path}', found {len(index)}.")
     bits = decode(coded, sites, config.num_adapters, config.top_k or 0)
     config.num_profiles = len(bits)
     shared = {name.removeprefix(_SHARED): each for name, each in tensors.items() if name.startswith(_SHARED)}

@@ -19,10 +19,14 @@ from ..xpeft.model import find_table
 from ..xpeft.spec import MaskSpec
 from .alike import check_alike
 from .archive import read_archive, write_archive
+from .merging import write_merged
 from .names import NameIndex, check_name
 from .profile import Profile
-from .serving import serve
-from .storage import BITS, FILENAMES, GAIN_BITS, Content, in_blocks, open_bank, read_config, write_bank
+from .serving import put_in_place, serve, served_content
+from .similar import Neighbour, similar
+from .storage import BITS, FILENAMES, GAIN_BITS, Content, in_blocks, open_bank, read_config
+
+_CHECKED = 4096  # rows that are checked at once
 
 
 class ProfileBank:
@@ -219,14 +223,33 @@ class ProfileBank:
             ConfigError: a name comes twice.
         """
         wanted = list(names)
-        profiles = [self[name] for name in wanted]
-        return self._with(
-            _stacked([profile.bits for profile in profiles], self._bits),
-            None
-            if self._gain_bits is None
-            else _stacked([each.gain_bits for each in profiles if each.gain_bits is not None], self._gain_bits),
-            wanted,
-        )
+        rows = [-1 if name in self._added else self._row(name) for name in wanted]
+        if None in rows:
+            raise KeyError(f"No profile {wanted[rows.index(None)]!r} in this bank of {len(self)}.")
+        places = torch.tensor(rows, dtype=torch.long)
+        bits = self._picked(wanted, places, gains=False)
+        gain_bits = None if self._gain_bits is None else self._picked(wanted, places, gains=True)
+        for start in range(0, len(bits), _CHECKED):
+            some = slice(start, start + _CHECKED)
+            self.spec.check(bits[some], None if gain_bits is None else gain_bits[some])
+        config = copy.copy(self.config)
+        config.num_profiles = len(bits)
+        return ProfileBank(config, bits, gain_bits, wanted, self.shared)
+
+    def similar(self, name: str, count: int = 10) -> list[Neighbour]:
+        """The profiles whose masks differ from those of one in the fewest bits: nearest first, equals in bank order.
+
+        Every profile is compared, in blocks; gains are not.
+
+        Args:
+            name: of the profile whose neighbours are wanted; it is not one of them.
+            count: of neighbours.
+
+        Raises:
+            KeyError: no such profile.
+            ConfigError: soft masks, or a count below 1.
+        """
+        return similar(self, name, count)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the bank, also over itself: whoever holds the old one goes on with it, and a crash leaves it whole.
@@ -311,20 +334,73 @@ class ProfileBank:
             ConfigError: an adapter of this name exists, or the bank is empty.
             BaseMismatchError, PoolMismatchError: the bank is of another base or pool.
         """
+        self._refuse_empty()
+        return serve(model, adapter_name, self.config, self.content())
+
+    def replace(self, model: PeftModel, adapter_name: str = "bank") -> None:
+        """Serve this bank in the place of the one that an adapter of the model serves, at the same cost for any P.
+
+        To be called between forward passes. A profile that was chosen with ``set_profile`` has to be chosen again.
+
+        Raises:
+            ConfigError: the adapter serves no bank, or this one is empty or has other settings or another head.
+            BaseMismatchError, PoolMismatchError: it is of another base or pool.
+        """
+        self._refuse_empty()
+        old = served_content(model, adapter_name)
+        config: Any = model.peft_config[adapter_name]
+        check_alike(ProfileBank(config, old.bits, old.gain_bits, old.names or [], old.shared), self)
+        put_in_place(model, adapter_name, self.content())
+
+    def content(self) -> Content:
+        """The profiles as they are now: where the file has them or, if the bank was edited since, copied together."""
+        if not (self._added or self._removed):
+            return Content(self._bits, self._gain_bits, self.shared, self._index)
+        bits = torch.cat([self._bits[:0], *self.blocks()])
+        gain_bits = None if self._gain_bits is None else torch.cat([self._gain_bits[:0], *self.blocks(gains=True)])
+        return Content(bits, gain_bits, self.shared, self.name_index())
+
+    def blocks(self, gains: bool = False) -> Iterator[Tensor]:
+        """Masks ``[rows, 2, S, W]``, or gains ``[rows, S, 2]``, in the order of the bank, some megabytes at a time."""
+        stored = self._gain_bits if gains else self._bits
+        assert stored is not None
+        yield from in_blocks(stored, self._kept())
+        for profile in self._added.values():
+            row = profile.gain_bits if gains else profile.bits
+            assert row is not None
+            yield row.unsqueeze(0)
+
+    def name_at(self, place: int) -> str:
+        """Name of a profile by its place in the order of the bank."""
+        stored = len(self._index) - len(self._removed)
+        if place >= stored:
+            return list(self._added)[place - stored]
+        kept = self._kept()
+        return self._index.name(place if kept is None else int(kept[place]))
+
+    def name_index(self) -> NameIndex:
+        """The names as they are now."""
+        return NameIndex.build(self) if self._added or self._removed else self._index
+
+    def _refuse_empty(self) -> None:
         if not len(self):
             raise ConfigError("Expected a bank with profiles, found an empty one.")
-        bits, gain_bits, names = self._bits, self._gain_bits, self._index
-        if self._added or self._removed:
-            bits, gain_bits, names = self._compacted()
-        return serve(model, adapter_name, self.config, Content(bits, gain_bits, self.shared, names))
 
     def _row(self, name: str) -> int | None:
         return None if name in self._removed else self._index.find(name)
 
-    def _with(self, bits: Tensor, gain_bits: Tensor | None, names: Sequence[str]) -> ProfileBank:
-        config = copy.copy(self.config)
-        config.num_profiles = len(bits)
-        return ProfileBank(config, bits, gain_bits, names, self.shared)
+    def _picked(self, names: Sequence[str], rows: Tensor, gains: bool) -> Tensor:
+        """Masks or gains of some profiles: rows of the file, and -1 for one that was added."""
+        stored = self._gain_bits if gains else self._bits
+        assert stored is not None
+        found = torch.empty(len(rows), *stored.shape[1:], dtype=stored.dtype)
+        found[rows >= 0] = stored[rows[rows >= 0]]
+        for place in (rows < 0).nonzero().flatten().tolist():
+            profile = self._added[names[place]]
+            row = profile.gain_bits if gains else profile.bits
+            assert row is not None
+            found[place] = row
+        return found
 
     def _kept(self) -> Tensor | None:
         """Rows of the file that were not removed; None: all of them."""
@@ -334,39 +410,6 @@ class ProfileBank:
         keep = torch.ones(len(self._index), dtype=torch.bool)
         keep[gone] = False
         return keep.nonzero().view(-1)
-
-    def _blocks(self, bits: bool) -> Iterator[Tensor]:
-        """The rows of the bank as it is now, a few megabytes at a time."""
-        stored = self._bits if bits else self._gain_bits
-        assert stored is not None
-        yield from in_blocks(stored, self._kept())
-        for profile in self._added.values():
-            row = profile.bits if bits else profile.gain_bits
-            assert row is not None
-            yield row.unsqueeze(0)
-
-    def _compacted(self) -> tuple[Tensor, Tensor | None, NameIndex]:
-        bits = torch.cat(list(self._blocks(True)))
-        gain_bits = None if self._gain_bits is None else torch.cat(list(self._blocks(False)))
-        return bits, gain_bits, NameIndex.build(self)
-
-
-def write_merged(banks: Sequence[ProfileBank], folder: Path) -> None:
-    """Write banks that belong together as one."""
-    first = banks[0]
-    index = first._index
-    if len(banks) > 1 or first._added or first._removed:
-        index = NameIndex.build(name for bank in banks for name in bank)
-    config = copy.copy(first.config)
-    config.num_profiles = len(index)
-    config.inference_mode = True
-    parts: dict[str, tuple[tuple[int, ...], Iterable[Tensor]]] = {}
-    blocks = (block for bank in banks for block in bank._blocks(True))
-    parts[BITS] = ((len(index), *first.spec.bits_shape[1:]), blocks)
-    if first._gain_bits is not None:
-        gain_shape = (len(index), *first.spec.gain_shape[1:])
-        parts[GAIN_BITS] = (gain_shape, (block for bank in banks for block in bank._blocks(False)))
-    write_bank(folder, config, index, parts, first.shared)
 
 
 def _single(source: str | os.PathLike[str] | nn.Module) -> ProfileBank:
@@ -384,7 +427,3 @@ def _check(profile: Profile, spec: MaskSpec) -> None:
     if (gain_bits is None) == spec.learn_gain:
         raise FileFormatError(f"Expected a profile with learn_gain={spec.learn_gain}, found another.")
     spec.check(profile.bits.unsqueeze(0), gain_bits)
-
-
-def _stacked(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    return torch.stack(list(rows)) if rows else like[:0].clone()

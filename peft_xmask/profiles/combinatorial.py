@@ -15,7 +15,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
-from math import comb
+from math import comb, lgamma, log
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor
 
 from ..errors import MaskFormatError
 from ..packing import pack_bits, unpack_bits
+
+_LARGEST_TABLE = 1 << 23
 
 
 def coded_size(num_masks: int, num_adapters: int, top_k: int) -> int:
@@ -39,7 +41,11 @@ def encode(bits: Tensor, num_adapters: int, top_k: int) -> Tensor:
 
     Returns:
         uint8 ``[P, coded_size(2 * S, N, k)]``.
+
+    Raises:
+        MaskFormatError: sizes that are too large to be computed with.
     """
+    _check_sizes(2 * bits.shape[2], num_adapters, top_k)
     total, told = comb(num_adapters, top_k), min(top_k, num_adapters - top_k)
     columns = _columns(num_adapters, told)
     masks = unpack_bits(bits, num_adapters).flatten(1, 2)
@@ -70,14 +76,17 @@ def decode(coded: Tensor, num_sites: int, num_adapters: int, top_k: int) -> Tens
     Raises:
         MaskFormatError: another width, or bytes that code no masks.
     """
-    total, told = comb(num_adapters, top_k), min(top_k, num_adapters - top_k)
-    columns = _columns(num_adapters, told)
-    size = coded_size(2 * num_sites, num_adapters, top_k)
+    _check_sizes(2 * num_sites, num_adapters, top_k)
+    size: float = _estimated_size(2 * num_sites, num_adapters, top_k)
+    if coded.dim() != 2 or coded.shape[1] > 0.99 * size - 8:  # else the number is too large to be computed for nothing
+        size = coded_size(2 * num_sites, num_adapters, top_k)
     if coded.dtype != torch.uint8 or coded.dim() != 2 or coded.shape[1] != size:
         raise MaskFormatError(
-            f"Expected coded masks as uint8 of width {size} ({top_k} of {num_adapters} at {num_sites} sites), found "
-            f"{coded.dtype} of shape {tuple(coded.shape)}."
+            f"Expected coded masks as uint8 of width {size:.0f} ({top_k} of {num_adapters} at {num_sites} sites), "
+            f"found {coded.dtype} of shape {tuple(coded.shape)}."
         )
+    total, told = comb(num_adapters, top_k), min(top_k, num_adapters - top_k)
+    columns = _columns(num_adapters, told)
     chosen = np.zeros((len(coded), 2 * num_sites, num_adapters), dtype=np.bool_)
     for row, (profile, content) in enumerate(zip(chosen, coded.numpy(), strict=True)):
         number = int.from_bytes(content.tobytes(), "little")
@@ -88,6 +97,22 @@ def decode(coded: Tensor, num_sites: int, num_adapters: int, top_k: int) -> Tens
             raise MaskFormatError(f"Expected coded masks of {top_k} of {num_adapters}, found none in profile {row}.")
     masks = torch.from_numpy(chosen if told == top_k else ~chosen)
     return pack_bits(masks.view(len(coded), 2, num_sites, num_adapters))
+
+
+def _check_sizes(num_masks: int, num_adapters: int, top_k: int) -> None:
+    """Refuse sizes at which the tables of this code would not fit: a file may say any."""
+    known = num_masks >= 2 and 1 <= top_k <= num_adapters
+    if not known or max(num_masks, min(top_k, num_adapters - top_k)) * num_adapters > _LARGEST_TABLE:
+        raise MaskFormatError(
+            f"Expected masks of a size for which they can be coded, found {num_masks} of {top_k} of {num_adapters}. "
+            f"The product of N and k, or of N and the masks, is at most {_LARGEST_TABLE:,}."
+        )
+
+
+def _estimated_size(num_masks: int, num_adapters: int, top_k: int) -> float:
+    """About :func:`coded_size`, without large numbers."""
+    nats = lgamma(num_adapters + 1) - lgamma(top_k + 1) - lgamma(num_adapters - top_k + 1)
+    return num_masks * nats / log(256)
 
 
 def _positions(columns: Sequence[Sequence[int]], rank: int) -> list[int]:

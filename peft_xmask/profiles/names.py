@@ -83,7 +83,7 @@ class NameIndex:
         """
         encoded = [check_name(name) for name in names]
         _refuse_twins(encoded)
-        hashes = np.fromiter((_hash(name) for name in encoded), dtype=np.int64, count=len(encoded))
+        hashes = np.fromiter((hash_of(name) for name in encoded), dtype=np.int64, count=len(encoded))
         order = np.argsort(hashes, kind="stable")
         ends = np.cumsum(np.fromiter((len(name) for name in encoded), dtype=np.int64, count=len(encoded)))
         return cls(
@@ -125,7 +125,7 @@ class NameIndex:
             encoded = name.encode("utf-8")
         except (UnicodeEncodeError, AttributeError):
             return None
-        wanted = np.int64(_hash(encoded))
+        wanted = np.int64(hash_of(encoded))
         at = int(np.searchsorted(self._hashes, wanted))
         while at < len(self._hashes) and self._hashes[at] == wanted:
             row = int(self._rows[at])
@@ -140,7 +140,8 @@ class NameIndex:
         return found
 
 
-def _hash(encoded: bytes) -> int:
+def hash_of(encoded: bytes) -> int:
+    """The hash of a name's UTF-8."""
     return int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest(), "little", signed=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from ..pool.folders import CONFIG_FILE, Folder
 from ..size import ADAPTER_FILE
 from ..xpeft import XPEFTConfig
 from .names import NameIndex
+from .settings import config_of
 
 BITS = "base_model.model.mask_table.xpeft_bits.weight"
 GAIN_BITS = "base_model.model.mask_table.xpeft_gain_bits.weight"
@@ -30,6 +32,7 @@ NAMES_PATTERN = "profiles-*.safetensors"
 FILENAMES = (CONFIG_FILE, ADAPTER_FILE, NAMES_PATTERN, "README.md")
 LOCK_FILE = ".bank.lock"
 VERSION = "1"
+_NAMES_FILE = re.compile(r"profiles-[0-9a-f]{16}\.safetensors")
 _VERSION_KEY, _NAMES_KEY = "bank_version", "bank_names"
 _BYTES = torch.uint8
 _DTYPES = {
@@ -68,11 +71,7 @@ def read_config(folder: Folder) -> XPEFTConfig:
     Raises:
         FileFormatError: missing, or not that of an X-PEFT adapter.
     """
-    found = folder.read_json(CONFIG_FILE).get("peft_type")
-    if found != "XPEFT":
-        raise FileFormatError(f"Expected the folder of an X-PEFT adapter at '{folder.path}', found one of {found!r}.")
-    config: XPEFTConfig = XPEFTConfig.from_pretrained(str(folder.path))
-    return config
+    return config_of(folder.read_json(CONFIG_FILE), str(folder.path / CONFIG_FILE))
 
 
 def open_bank(folder: Folder) -> Content:
@@ -83,17 +82,13 @@ def open_bank(folder: Folder) -> Content:
     """
     for _ in range(_LOOKS):
         tensors, metadata = _mapped(folder.path / ADAPTER_FILE)
-        if (folder.path / metadata.get(_NAMES_KEY, "")).exists():
+        name = _names_of(metadata)
+        if name is None or (folder.path / name).exists():
             break  # else a writer replaced the bank in between, and its names are other ones
     if BITS not in tensors:
         raise FileFormatError(f"Expected '{BITS}' in '{folder.path / ADAPTER_FILE}', found {sorted(tensors)}.")
     names = None
-    if (name := metadata.get(_NAMES_KEY)) is not None:
-        if metadata.get(_VERSION_KEY) != VERSION or Path(name).name != name or not Path(name).match(NAMES_PATTERN):
-            raise FileFormatError(
-                f"Expected a bank of version {VERSION} with its names in a file {NAMES_PATTERN}, found version "
-                f"{metadata.get(_VERSION_KEY)!r} and {name!r}. Update peft_xmask, or fetch the bank again."
-            )
+    if name is not None:
         names = NameIndex(_mapped(folder.path / name)[0])
         if len(names) != len(tensors[BITS]):
             raise FileFormatError(
@@ -122,17 +117,36 @@ def write_bank(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
-        names_file = f"profiles-{_digest(names)}.safetensors"
-        write_tensors(folder / names_file, names.tensors)
-        metadata = {"format": "pt", _VERSION_KEY: VERSION, _NAMES_KEY: names_file}
+        filename = names_file(names)
+        write_tensors(folder / filename, names.tensors)
+        metadata = {"format": "pt", _VERSION_KEY: VERSION, _NAMES_KEY: filename}
         write_atomically(folder / ADAPTER_FILE, lambda path: _write_stream(path, parts, shared, metadata))
         with tempfile.TemporaryDirectory() as beside:
             config.save_pretrained(beside)
             write_text(folder / CONFIG_FILE, (Path(beside) / CONFIG_FILE).read_text(encoding="utf-8"))
         complete_card(folder, config)
         for stale in folder.glob(NAMES_PATTERN):
-            if stale.name != names_file:
+            if stale.name != filename:
                 stale.unlink(missing_ok=True)
+
+
+def names_file(names: NameIndex) -> str:
+    """What the file of these names is called."""
+    hasher = hashlib.sha256()
+    for name in ("ends", "names"):
+        hasher.update(names.tensors[name].contiguous().numpy().tobytes())
+    return f"profiles-{hasher.hexdigest()[:16]}.safetensors"
+
+
+def _names_of(metadata: Mapping[str, str]) -> str | None:
+    """The file of names that a file of masks goes with; None: an ordinary adapter."""
+    name = metadata.get(_NAMES_KEY)
+    if name is not None and (metadata.get(_VERSION_KEY) != VERSION or not _NAMES_FILE.fullmatch(name)):
+        raise FileFormatError(
+            f"Expected a bank of version {VERSION} with its names in a file {NAMES_PATTERN}, found version "
+            f"{metadata.get(_VERSION_KEY)!r} and {name[:80]!r}. Update peft_xmask, or fetch the bank again."
+        )
+    return name
 
 
 def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -164,13 +178,6 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         return None
     found = path.stat()
     return found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
-
-
-def _digest(names: NameIndex) -> str:
-    hasher = hashlib.sha256()
-    for name in ("ends", "names"):
-        hasher.update(names.tensors[name].contiguous().numpy().tobytes())
-    return hasher.hexdigest()[:16]
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class Mixing:
 
     def spread(self, mixed: Tensor) -> Tensor:
         """From one tensor per distinct row to one per example, or to the only one. ``[R, ...] -> [B, ...]``."""
-        return mixed[0] if self.index is None else mixed[self.index.to(mixed.device)]
+        return mixed[0] if self.index is None else mixed.index_select(0, self.index.to(mixed.device))
 
 
 def masks_from_logits(

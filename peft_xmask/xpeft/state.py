@@ -19,12 +19,14 @@ from ..errors import MaskFormatError
 from ..functional import gain_weight, scaled_gain, select_top_k
 from ..holders import Shipped, Trained
 from ..packing import pack_bits, pack_halves, unpack_bits, unpack_halves
+from ..paging import lazy_zeros
 from ..root_table import RootTable
 from ..sharding import gathered
 from .spec import MaskSpec
 
 REBUILT_LOGIT = 0.1
 INIT_STD = 0.01
+_BLOCK = 1024  # profiles that are packed at once
 
 
 class XPEFTModule(BaseTunerLayer):
@@ -64,26 +66,36 @@ class MaskState(RootTable, XPEFTModule):
         temperature: float,
         noise: float,
     ) -> None:
-        """Enter an adapter; its masks start at random (torch's generator)."""
+        """Enter an adapter. The masks of one profile start at random (torch's generator).
+
+        Of several that are trained, all start from the first ``top_k`` adapters (logits of zero): no start is better
+        than another, and a head that they share sees one model at first.
+        """
         self.specs[adapter_name] = spec
         self.logit_scale[adapter_name] = logit_scale
         self.temperature[adapter_name] = temperature
         self.gumbel_noise[adapter_name] = noise
-        rows = spec.num_profiles if trainable else 1
-        logits = torch.randn(rows, math.prod(spec.logits_shape[1:])) * (INIT_STD / logit_scale)
-        gain = torch.zeros(rows, spec.num_sites)
-        bits, gain_bits = self.pack(adapter_name, logits, gain)
         if trainable:
-            self.xpeft_logits[adapter_name] = Trained(logits)
-            bits = torch.zeros_like(bits)
-            if spec.learn_gain:
-                self.xpeft_gain[adapter_name] = Trained(gain)
-                gain_bits = torch.zeros_like(gain_bits)
-        else:
-            bits, gain_bits = (each.repeat(spec.num_profiles, *[1] * (each.dim() - 1)) for each in (bits, gain_bits))
-        self.xpeft_bits[adapter_name] = Shipped(bits)
+            self._add_trained(adapter_name, spec)
+            return
+        logits = torch.randn(1, math.prod(spec.logits_shape[1:])) * (INIT_STD / logit_scale)
+        bits, gain_bits = self.pack(adapter_name, logits, torch.zeros(1, spec.num_sites))
+        self.xpeft_bits[adapter_name] = Shipped(bits.repeat(spec.num_profiles, 1, 1, 1))
         if spec.learn_gain:
-            self.xpeft_gain_bits[adapter_name] = Shipped(gain_bits)
+            self.xpeft_gain_bits[adapter_name] = Shipped(gain_bits.repeat(spec.num_profiles, 1, 1))
+
+    def _add_trained(self, adapter_name: str, spec: MaskSpec) -> None:
+        """Memory is taken row by row, as profiles are trained; bytes stay zero until a file is loaded into them."""
+        rows, width = spec.num_profiles, math.prod(spec.logits_shape[1:])
+        if rows == 1:
+            logits = torch.randn(1, width) * (INIT_STD / self.logit_scale[adapter_name])
+        else:
+            logits = lazy_zeros(rows, width)
+        self.xpeft_logits[adapter_name] = Trained(logits)
+        self.xpeft_bits[adapter_name] = Shipped(lazy_zeros(*spec.bits_shape, dtype=torch.uint8))
+        if spec.learn_gain:
+            self.xpeft_gain[adapter_name] = Trained(lazy_zeros(rows, spec.num_sites))
+            self.xpeft_gain_bits[adapter_name] = Shipped(lazy_zeros(*spec.gain_shape, dtype=torch.uint8))
 
     def cast(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Hold what an adapter trains in another dtype. Its bytes stay bytes."""
@@ -103,10 +115,14 @@ class MaskState(RootTable, XPEFTModule):
         Raises:
             MaskFormatError: a value is not finite, or a gain is too large for half precision.
         """
-        spec = self.specs[adapter_name]
-        scale = self.logit_scale[adapter_name]
-        logits = gathered(logits.detach()).float().view(-1, *spec.logits_shape[1:])
+        logits = gathered(logits.detach())
         gain = None if gain is None else gathered(gain.detach())
+        if len(logits) > _BLOCK:
+            gains = [None] * -(-len(logits) // _BLOCK) if gain is None else gain.split(_BLOCK)
+            parts = [self.pack(adapter_name, *part) for part in zip(logits.split(_BLOCK), gains, strict=True)]
+            return torch.cat([bits for bits, _ in parts]), torch.cat([gain_bits for _, gain_bits in parts])
+        spec, scale = self.specs[adapter_name], self.logit_scale[adapter_name]
+        logits = logits.float().view(-1, *spec.logits_shape[1:])
         if not logits.is_meta and not (logits.isfinite().all() and (gain is None or gain.isfinite().all())):
             raise MaskFormatError(not_finite(adapter_name))
         if spec.mask_type == "hard":

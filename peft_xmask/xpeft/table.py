@@ -71,8 +71,8 @@ class MaskTable(MaskState):
         if gain_bits is not None:
             self.xpeft_gain_bits[adapter_name] = Shipped(gain_bits.to(device))
         self.names[adapter_name] = names
-        self._rows.pop(adapter_name, None)
-        self._cache.pop(adapter_name, None)
+        for note in (self._rows, self._row_tensors, self._cache):
+            note.pop(adapter_name, None)
 
     def find_rows(self, adapter_name: str, names: Sequence[str]) -> Tensor:
         """Rows of profiles by name, -1 for ``"__base__"``. Long, ``[len(names)]``.
@@ -192,7 +192,7 @@ class MaskTable(MaskState):
 
     def _from_rows(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As :meth:`_from_either`; a row of -1 is none, and has a gain of zero."""
-        mask, gain = self._from_either(name, rows.clamp_min(0))
+        mask, gain = self._from_either(name, rows)
         return mask, gain * (rows >= 0).to(gain.device).unsqueeze(1)
 
     def _from_either(self, name: str, rows: int | Tensor | None) -> tuple[Tensor, Tensor]:

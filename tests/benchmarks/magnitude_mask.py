@@ -153,7 +153,8 @@ def switching(base, batch):
         turn[OURS] ^= 1
         ours.set_adapter(("default", "other")[turn[OURS]])
         for layer in layers:  # what the next forward pass would do first
-            layer.bring_in_line()
+            if layer._line.stale:
+                layer.bring_in_line()
 
     def switch_theirs():
         turn[SUPER] ^= 1

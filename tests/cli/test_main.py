@@ -7,7 +7,7 @@ def test_version_and_help(cli_process):
     assert cli_process("--version").out.strip() == f"peft-xmask {__version__}"
     shown = cli_process("--help")
     assert shown.status == 0
-    for command in ("demo", "train", "eval", "inspect", "pool"):
+    for command in ("demo", "train", "eval", "inspect", "pool", "bank"):
         assert command in shown.out
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from peft_xmask.errors import MaskMismatchError, TargetError
 from peft_xmask.magnitude_mask.mask import Candidate, Rule, make_mask, recover_mask
@@ -64,6 +65,32 @@ def test_a_padding_row_takes_no_part():
         index = make_mask([Candidate("m", numbers, excluded=1)], Rule(0.4, selection)).places[0].index
         assert len(index) == 6
         assert not ((index >= 5) & (index < 10)).any()
+
+
+@pytest.mark.parametrize("selection", ["smallest", "random"])
+@pytest.mark.parametrize("scope", ["module", "model"])
+def test_numbers_that_are_made_for_it_are_held_one_parameter_at_a_time(scope, selection):
+    """As those of a quantised base are: a model that fits only as it is would not fit dequantised."""
+    torch.manual_seed(0)
+    stored = [torch.randn(40, 30) for _ in range(6)]
+    made, peak = [], 0
+
+    def reading(numbers):
+        def read():
+            nonlocal peak
+            copy = numbers.clone()
+            made.append(StorageWeakRef(copy.untyped_storage()))
+            peak = max(peak, sum(not each.expired() for each in made))
+            return copy
+
+        return read
+
+    rule = Rule(0.1, selection, scope)
+    mask = make_mask([Candidate(str(i), reading(each)) for i, each in enumerate(stored)], rule)
+    whole = make_mask([Candidate(str(i), each) for i, each in enumerate(stored)], rule)
+    assert (mask.fingerprint, mask.ties) == (whole.fingerprint, whole.ties)
+    assert len(made) >= 6
+    assert peak == 1
 
 
 def test_a_density_that_leaves_nothing():

@@ -45,6 +45,17 @@ def test_every_number_is_one_mask():
     assert len(seen) == 15 * 15
 
 
+@pytest.mark.parametrize(
+    "sizes", [(10**9, 100, 50), (1, 10**9, 10**8), (12, 10**9, 1), (10**9, 8, 8), (1, 8, 9), (1, 8, 0), (-3, 8, 2)]
+)
+def test_sizes_that_would_take_all_memory_are_refused(sizes):
+    """They stand in a file that is not trusted."""
+    with pytest.raises(MaskFormatError, match="can be coded"):
+        decode(torch.zeros(1, 4, dtype=torch.uint8), *sizes)
+    with pytest.raises(MaskFormatError, match="width"):
+        decode(torch.zeros(1, 4, dtype=torch.uint8), 1000, 4000, 1000)
+
+
 def test_bytes_that_code_no_masks_are_refused():
     with pytest.raises(MaskFormatError, match="profile 0"):
         decode(torch.tensor([[15 * 15]], dtype=torch.uint8), 1, 6, 2)

@@ -35,7 +35,7 @@ def test_the_layout_is_pinned():
 
 
 def test_names_whose_hashes_are_equal_are_told_apart(monkeypatch):
-    monkeypatch.setattr("peft_xmask.profiles.names._hash", lambda encoded: 7)
+    monkeypatch.setattr("peft_xmask.profiles.names.hash_of", lambda encoded: 7)
     index = NameIndex.build(["a", "b", "c"])
     assert [index.find(name) for name in "abcd"] == [0, 1, 2, None]
     with pytest.raises(ConfigError, match="'b' for rows 1 and 3"):

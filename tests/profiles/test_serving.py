@@ -110,6 +110,42 @@ def test_a_million_rows_are_served_from_where_they_lie(saved, tiny_bert, tiny_ba
     gc.collect()
 
 
+def test_a_bank_takes_the_place_of_another(saved, expected, tiny_bert, tiny_batch):
+    served = saved.attach(tiny_bert())
+    served.set_profile("ann")
+    saved.add("twin", saved["bob"])
+    saved.remove("ann")
+    saved.replace(served)
+    with pytest.raises(ConfigError, match="profile"):
+        served(**tiny_batch)  # the row that was chosen was one of the other bank
+    served.set_profile("twin")
+    assert torch.equal(logits(served, tiny_batch), expected["bob"])
+    names = ["张伟", "twin", "ann.b", "__base__"]
+    together = logits(served, tiny_batch, adapter_names=names)
+    expected["twin"] = expected["bob"]
+    torch.testing.assert_close(together, torch.stack([expected[name][i] for i, name in enumerate(names)]))
+    with pytest.raises(ConfigError, match="'ann'"):
+        served(**tiny_batch, adapter_names=["ann"] * 4)
+    assert served.peft_config["bank"].num_profiles == 5
+
+
+def test_a_bank_that_does_not_belong_does_not_take_the_place(saved, expected, many_profiles, tiny_bert, tiny_batch):
+    served = saved.attach(tiny_bert())
+    other = ProfileBank.from_model(many_profiles())
+    other.shared = {key: tensor + 1 for key, tensor in other.shared.items()}
+    for bank, words in (
+        (ProfileBank.from_model(many_profiles(pool_seed=5)), "pool_fingerprint"),
+        (other, "head"),
+        (saved.select([]), "empty"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bank.replace(served)
+    with pytest.raises(ConfigError, match="serves a bank"):
+        saved.replace(many_profiles(), "default")
+    served.set_profile("bob")
+    assert torch.equal(logits(served, tiny_batch), expected["bob"])
+
+
 def llama() -> torch.nn.Module:
     torch.manual_seed(0)
     sizes = dict(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)

@@ -1,0 +1,334 @@
+"""``peft-xmask bank``: make, look at, check and compare banks of profiles. No model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import bytes_text, output, print_facts, print_json, progress_bar
+
+if TYPE_CHECKING:
+    from ..profiles import ProfileBank
+    from ..profiles.difference import Difference
+
+app = typer.Typer(help="Make, look at, check and compare banks of profiles.", no_args_is_help=True)
+
+SHOWN = 10
+SIZES = {
+    "profile_bytes": "bytes a profile",
+    "payload_bytes": "masks and gains",
+    "names_bytes": "names",
+    "head_bytes": "shared head",
+    "pool_bytes": "stored pool",
+    "file_bytes": "file",
+    "folder_bytes": "folder",
+}
+Bank = Annotated[str, typer.Argument(help="Folder or Hub id of a bank, or the file of an archive.")]
+Out = Annotated[Path, typer.Option(help="Folder to write the bank to; with --archive, a file.")]
+Archive = Annotated[bool, typer.Option("--archive", help="Write one file, hard masks at the information bound.")]
+Replace = Annotated[bool, typer.Option("--replace", help="Write over what is at --out; its readers go on undisturbed.")]
+Names = Annotated[Path | None, typer.Option(help="File of names: one a line, or a JSON list.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def build(
+    sources: Annotated[
+        list[str], typer.Argument(help="NAME=FOLDER, adapter folders, folders of them, or one adapter of P rows.")
+    ],
+    out: Out,
+    names: Names = None,
+    archive: Archive = False,
+    replace: Replace = False,
+) -> None:
+    """Make a bank of adapters that were trained one by one, or of one that has many rows."""
+    from ..errors import ConfigError
+    from ..profiles import ProfileBank
+
+    _refuse_present(out, archive, replace)
+    if len(sources) == 1 and _is_adapter(Path(sources[0])):
+        bank = ProfileBank.from_pretrained(sources[0])
+        if names is not None:
+            content = bank.content()
+            bank = ProfileBank(bank.config, content.bits, content.gain_bits, read_names(names), content.shared)
+        elif len(bank) == 1:
+            bank = ProfileBank.from_profiles({Path(sources[0]).resolve().name: sources[0]})
+    elif names is not None:
+        raise ConfigError("--names is for one adapter of many rows. Name adapter folders as NAME=FOLDER.")
+    else:
+        found = find_adapters(sources)
+        with progress_bar(f"reading {len(found)} adapters"):
+            bank = ProfileBank.from_profiles(found)
+    _write(bank, out, archive)
+
+
+@app.command()
+def inspect(bank: Bank, as_json: Json = False) -> None:
+    """Say what a bank is: sizes apart, fingerprints, number of profiles, first names, coding."""
+    facts = describe_bank(bank)
+    if as_json:
+        print_json(facts)
+        return
+    sizes = {SIZES.get(name, name): bytes_text(size) for name, size in facts.pop("sizes").items()}
+    names = ", ".join(map(_shown, facts.pop("first_names"))) + (", ..." if facts["profiles"] > SHOWN else "")
+    print_facts({**facts, "profiles": f"{facts['profiles']:,}", "first names": names, **sizes})
+
+
+@app.command()
+def merge(
+    banks: Annotated[list[str], typer.Argument(help="Folders or Hub ids of banks, or files of archives.")],
+    out: Out,
+    archive: Archive = False,
+    replace: Replace = False,
+) -> None:
+    """Write several banks as one, streaming. With one bank: copy it, or turn it into an archive or back."""
+    import tempfile
+
+    from ..profiles import ProfileBank
+
+    _refuse_present(out, archive, replace)
+    opened = [open_bank(bank) for bank in banks]
+    if len(opened) == 1:
+        _write(opened[0], out, archive)
+    elif archive:
+        with tempfile.TemporaryDirectory() as folder:
+            _write(ProfileBank.merge(opened, folder), out, archive)
+    else:
+        with progress_bar(f"merging {len(opened)} banks"):
+            merged = ProfileBank.merge(opened, out)
+        _print_written(merged, out)
+
+
+@app.command()
+def select(
+    bank: Bank,
+    out: Out,
+    wanted: Annotated[list[str] | None, typer.Argument(help="Names of profiles.")] = None,
+    names: Names = None,
+    archive: Archive = False,
+    replace: Replace = False,
+) -> None:
+    """Write some of a bank's profiles as a bank, in the order they are named."""
+    from ..errors import ConfigError
+
+    chosen = [*(wanted or ()), *(() if names is None else read_names(names))]
+    if not chosen:
+        raise ConfigError("Expected names of profiles after the bank or in --names, found none.")
+    _refuse_present(out, archive, replace)
+    _write(open_bank(bank).select(chosen), out, archive)
+
+
+@app.command()
+def verify(bank: Bank, as_json: Json = False) -> None:
+    """Check every mask, gain and name of a bank. Exit code 1 if something is wrong."""
+    from ..profiles import verify_bank
+
+    with progress_bar(f"checking {bank}"):
+        found = verify_bank(bank)
+    if as_json:
+        problems = [{"row": each.row, "name": each.name, "problem": each.text} for each in found.problems]
+        print_json({"profiles": found.profiles, "sound": not found.total, "total": found.total, "problems": problems})
+    else:
+        for problem in found.problems:
+            output.print(str(problem), markup=False, soft_wrap=True)
+        if found.total > len(found.problems):
+            output.print(f"and {found.total - len(found.problems):,} more")
+        checked = "It cannot be opened." if found.profiles is None else f"{found.profiles:,} profiles checked"
+        output.print(f"{checked}{f', {found.total:,} problems.' if found.profiles is not None else ''}")
+    if found.total:
+        raise typer.Exit(1)
+
+
+@app.command()
+def diff(
+    old: Annotated[str, typer.Argument(help="Bank, as it was.")],
+    new: Annotated[str, typer.Argument(help="Bank, as it is now.")],
+    as_json: Json = False,
+) -> None:
+    """Say which profiles were added, removed and changed, and in how many bits. Exit code 1 if any were."""
+    from ..profiles import compare_banks
+
+    with progress_bar("comparing two banks"):
+        found = compare_banks(open_bank(old), open_bank(new))
+    if as_json:
+        changed = [change._asdict() for change in found.changed]
+        settings = {name: list(values) for name, values in found.settings.items()}
+        print_json(
+            {
+                "added": list(found.added), "removed": list(found.removed), "changed": changed,
+                "unchanged": found.unchanged, "settings": settings, "same_head": found.same_shared,
+            }
+        )  # fmt: skip
+    else:
+        _print_difference(found)
+    if found:
+        raise typer.Exit(1)
+
+
+def open_bank(where: str) -> ProfileBank:
+    """A bank in a folder, on the Hub or in an archive.
+
+    Raises:
+        ConfigError, FileFormatError: there is none, or it is damaged.
+    """
+    from ..profiles import ProfileBank
+
+    return ProfileBank.from_archive(where) if Path(where).is_file() else ProfileBank.from_pretrained(where)
+
+
+def describe_bank(where: str) -> dict[str, Any]:
+    """Everything ``bank inspect`` can say, as plain data. Only what it prints is read."""
+    from itertools import islice
+
+    from ..pool import AdapterPool
+    from ..profiles.combinatorial import coded_size
+    from ..size import ADAPTER_FILE
+
+    path, bank = Path(where), open_bank(where)
+    config, content = bank.config, bank.content()
+    assert content.names is not None
+    size = bank.nbytes
+    if path.is_file():
+        gains = 0 if content.gain_bits is None else 2 * bank.spec.num_sites
+        size = coded_size(2 * bank.spec.num_sites, bank.spec.num_adapters, bank.spec.top_k) + gains
+    files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else []
+    return {
+        "kind": "archive of a bank" if path.is_file() else "bank",
+        "path": where,
+        "coding": "combinatorial" if path.is_file() else "bits",
+        "profiles": len(bank),
+        "first_names": list(islice(bank, SHOWN)),
+        "base_model": config.base_model_name_or_path,
+        "base_fingerprint": config.base_fingerprint,
+        "pool": config.pool or f"random, seed {config.pool_seed}",
+        "pool_fingerprint": config.pool_fingerprint,
+        "num_adapters": bank.spec.num_adapters,
+        "num_sites": bank.spec.num_sites,
+        "mask_type": bank.spec.mask_type,
+        "top_k": bank.spec.top_k if bank.spec.mask_type == "hard" else None,
+        "learn_gain": bank.spec.learn_gain,
+        "sizes": {
+            "profile_bytes": size,
+            "payload_bytes": size * len(bank),
+            "names_bytes": sum(tensor.nbytes for tensor in content.names.tensors.values()),
+            "head_bytes": sum(tensor.nbytes for tensor in bank.shared.values()),
+            "pool_bytes": AdapterPool.from_pretrained(config.pool).nbytes if isinstance(config.pool, str) else 0,
+            "file_bytes": (path / ADAPTER_FILE if files else path).stat().st_size if path.exists() else None,
+            "folder_bytes": sum(each.stat().st_size for each in files) if files else None,
+        },
+    }
+
+
+def find_adapters(sources: list[str]) -> dict[str, str]:
+    """Adapter folders by the names that their profiles are to have.
+
+    Raises:
+        ConfigError: a folder without adapters, or a name twice.
+    """
+    from ..errors import ConfigError
+
+    found: dict[str, str] = {}
+    for source in sources:
+        name, equals, folder = source.partition("=")
+        if equals and not Path(source).exists():
+            some = {name: Path(folder)}
+        elif _is_adapter(Path(source)):
+            some = {Path(source).resolve().name: Path(source)}
+        else:
+            some = {each.parent.name: each.parent for each in sorted(Path(source).glob("*/adapter_config.json"))}
+        if not some:
+            raise ConfigError(
+                f"Expected NAME=FOLDER, an adapter's folder or a folder of such folders, found '{source}'."
+            )
+        if twice := sorted(set(some) & set(found)):
+            raise ConfigError(f"Two adapters are called {twice[0]!r}. Name one of them otherwise, as NAME=FOLDER.")
+        found |= {name: str(folder) for name, folder in some.items()}
+    return found
+
+
+def read_names(path: Path) -> list[str]:
+    """Names in a file: one a line, or a JSON list if it ends with ``.json``.
+
+    Raises:
+        FileFormatError: not UTF-8, or not a list of strings.
+    """
+    from ..errors import FileFormatError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else [line for line in text.split("\n") if line]
+    except ValueError as error:
+        raise FileFormatError(f"Expected names in '{path}', in UTF-8, found other content: {error}.") from error
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise FileFormatError(f"Expected a JSON list of names in '{path}', found something else.")
+    return found
+
+
+def _is_adapter(path: Path) -> bool:
+    return (path / "adapter_config.json").is_file()
+
+
+def _refuse_present(out: Path, archive: bool, replace: bool) -> None:
+    from ..errors import ConfigError
+
+    present = out.exists() if archive else out.is_file() or _is_adapter(out)
+    if present and (not replace or out.is_dir() == archive):
+        what = "a folder" if out.is_dir() else "a file"
+        advice = "--archive writes a file." if out.is_dir() == archive else "Choose another place, or pass --replace."
+        raise ConfigError(f"There is {what} at '{out}' already. {advice}")
+
+
+def _write(bank: ProfileBank, out: Path, archive: bool) -> None:
+    with progress_bar(f"writing {len(bank):,} profiles"):
+        if archive:
+            bank.save_archive(out)
+        else:
+            bank.save_pretrained(out)
+    _print_written(bank, out)
+
+
+def _print_written(bank: ProfileBank, out: Path) -> None:
+    from ..size import ADAPTER_FILE
+
+    size = (out if out.is_file() else out / ADAPTER_FILE).stat().st_size
+    print_facts(
+        {
+            "profiles": f"{len(bank):,}",
+            "bytes a profile": f"{bank.nbytes:,}",
+            "pool": bank.config.pool_fingerprint,
+            "file": bytes_text(size),
+        }
+    )
+    output.print(f"Bank written to {out}", markup=False, soft_wrap=True)
+
+
+def _print_difference(found: Difference) -> None:
+    for field, (before, after) in found.settings.items():
+        output.print(f"setting {field}: {before!r} -> {after!r}", markup=False, soft_wrap=True)
+    if not found.same_shared:
+        output.print("the head that all profiles share is another one")
+    for sign, names in (("-", found.removed), ("+", found.added)):
+        for name in names[:SHOWN]:
+            output.print(f"{sign} {_shown(name)}", markup=False, soft_wrap=True)
+        _print_more(len(names), "removed" if sign == "-" else "added")
+    for change in found.changed[:SHOWN]:
+        gains = f", {change.gains} gains" if change.gains else ""
+        output.print(f"~ {_shown(change.name)}: {change.bits:,} bits{gains}", markup=False, soft_wrap=True)
+    _print_more(len(found.changed), "changed")
+    output.print(
+        f"{len(found.added):,} added, {len(found.removed):,} removed, {len(found.changed):,} changed, "
+        f"{found.unchanged:,} unchanged"
+    )
+
+
+def _print_more(count: int, what: str) -> None:
+    if count > SHOWN:
+        output.print(f"  and {count - SHOWN:,} more {what} (all of them with --json)")
+
+
+def _shown(name: str) -> str:
+    """A name that moves no cursor."""
+    return name if name.isprintable() else repr(name)

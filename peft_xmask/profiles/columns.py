@@ -1,0 +1,58 @@
+"""The profiles a dataset names, checked before anything is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .names import check_name
+
+
+def profiles_of(dataset: Any, column: str) -> list[str]:
+    """The name of each example's profile.
+
+    Raises:
+        ConfigError: no length, no examples, no such column, or a name that is missing or cannot be.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ConfigError(
+            f"Expected a dataset with a length, whose examples are found by number; found a {type(dataset).__name__}."
+        )
+    if not len(dataset):
+        raise ConfigError("Expected a dataset with examples, found an empty one.")
+    columns = getattr(dataset, "column_names", None) or sorted(dataset[0])
+    if column not in columns:
+        raise ConfigError(f"Expected a column '{column}' with the profile of each example, found {columns}.")
+    if hasattr(dataset, "column_names"):
+        names = list(dataset[column])
+    else:
+        names = [dataset[place].get(column) for place in range(len(dataset))]
+    for place, name in enumerate(names):
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"Expected a name in the column '{column}' of each example, found {name!r} in example {place}. "
+                "Names of profiles are strings: make them so (str(7) of the number 7), and drop examples without one."
+            )
+    for name in dict.fromkeys(names):
+        check_name(name)
+    return names
+
+
+def rows_of(names: list[str], find: Callable[[str], int | None], what: str) -> Tensor:
+    """Long ``[n]``, the row of each name.
+
+    Raises:
+        ConfigError: names that are not known.
+    """
+    rows = [find(name) for name in names]
+    unknown = sorted({name for name, row in zip(names, rows, strict=True) if row is None})
+    if unknown:
+        raise ConfigError(
+            f"Expected profiles of the training examples in the {what} examples, found others: "
+            f"{', '.join(map(repr, unknown[:5]))}{' and others' if len(unknown) > 5 else ''}."
+        )
+    return torch.tensor(rows)
