@@ -16,12 +16,12 @@ METHODS = ("xpeft", "bottleneck", "magnitude-mask", "weight-adapter", "lora", "h
 LEARNING_RATES = {
     "xpeft": 1e-2,
     "bottleneck": 3e-3,
-    "magnitude-mask": 3e-3,
+    "magnitude-mask": 1e-2,
     "weight-adapter": 3e-3,
     "lora": 3e-3,
     "head": 3e-2,
 }
-"""Default learning rate of each method; X-PEFT's masks have another. docs/demo.md says how they were chosen."""
+"""Default learning rate of each method; X-PEFT's masks have another. docs/demo.md and docs/benchmarks.md say how they were chosen."""
 HEAD_LEARNING_RATE = 3e-2
 """Default learning rate of the head, with every method."""
 
