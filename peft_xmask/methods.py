@@ -21,7 +21,7 @@ LEARNING_RATES = {
     "lora": 3e-3,
     "head": 3e-2,
 }
-"""Default learning rate of each method; X-PEFT's masks have another. docs/demo.md and docs/benchmarks.md say how they were chosen."""
+"""Default learning rate of each method; X-PEFT's masks have another. docs/demo.md and docs/benchmarks.md say why."""
 HEAD_LEARNING_RATE = 3e-2
 """Default learning rate of the head, with every method."""
 

@@ -146,6 +146,8 @@ def test_rows_of_a_batch_may_belong_to_different_profiles(way, llama, tokenizer)
     torch.manual_seed(0)
     config = XPEFTConfig(task_type="CAUSAL_LM", num_adapters=100, bottleneck_size=8, scale=3.0, num_profiles=3)
     model = get_peft_model(base_model(llama), config).eval()
+    with torch.no_grad():
+        model.base_model.table.xpeft_logits["default"].weight.normal_(std=0.01)
     inputs = dict(tokenizer(["can you", "once upon", "the dog"], return_tensors="pt", padding=True))
     rows = torch.tensor([2, 0, 2])
     mixed = generated(model, inputs, adapter_names=rows, **WAYS[way])
