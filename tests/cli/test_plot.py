@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from peft import get_peft_model
 
 from peft_xmask import BottleneckConfig, ProfileBank, XPEFTConfig
@@ -15,6 +16,8 @@ pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 def bank(tiny_bert, tmp_path):
     config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4, num_profiles=4)
     model = get_peft_model(tiny_bert(), config)
+    with torch.no_grad():
+        model.base_model.table.xpeft_logits["default"].weight.normal_(std=0.01)
     ProfileBank.from_model(model, ["ann", "bob", "Zoë", "$x_1$"]).save_pretrained(tmp_path / "bank")
     return tmp_path / "bank"
 
