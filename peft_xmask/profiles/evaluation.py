@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
+from . import ranks
 
 ExampleLoss = Callable[[Any, Any], Tensor]
 """Called with a model's outputs and the batch; gives a loss for each example, ``[B]``, lower being better."""
@@ -69,7 +70,7 @@ class Evaluator:
     def losses(self, model: nn.Module, wanted: Tensor | None = None) -> Tensor:
         """Mean losses, float64 ``[U]``: NaN of profiles without examples, infinity where they are not numbers.
 
-        The model is left in the mode it was in.
+        The model is left in the mode it was in. Several processes share the work, and get the same bits.
 
         Args:
             wanted: bool ``[U]``, the profiles to evaluate; None: all.
@@ -80,7 +81,8 @@ class Evaluator:
         training = model.training
         model.eval()
         try:
-            for chunk in places.split(self.batch_size) if len(places) else ():
+            chunks = places.split(self.batch_size) if len(places) else ()
+            for chunk in chunks[ranks.number() :: ranks.count()]:
                 batch = self.collator([self.dataset[place] for place in chunk.tolist()])
                 batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
                 with torch.no_grad():
@@ -88,5 +90,6 @@ class Evaluator:
                 totals.index_add_(0, self.rows[chunk], found.double().cpu().nan_to_num(torch.inf, torch.inf))
         finally:
             model.train(training)
+        totals = ranks.total(totals, device)
         judged = self.counts > 0 if wanted is None else wanted & (self.counts > 0)
         return torch.where(judged, totals / self.counts.clamp_min(1), torch.nan)

@@ -18,13 +18,14 @@ from ..files import read_tensors, write_tensors
 from ..xpeft import XPEFTConfig
 from ..xpeft.model import find_table
 from ..xpeft.table import MaskTable
+from . import ranks
 from .bank import ProfileBank
 from .best_rows import BestRows
 from .collator import ProfileCollator
 from .evaluation import Evaluator
 from .names import NameIndex
 from .profile_trainer import BarCallback, ProfilesCallback, ProfileTrainer
-from .row_adamw import RowAdamW
+from .row_adamw import RowAdamW, hide_rows
 from .sampler import ProfileBatchSampler
 from .storage import BITS, GAIN_BITS
 
@@ -94,11 +95,13 @@ class JointRun:
         rows = [holder.weight for part in (self.table.xpeft_logits, self.table.xpeft_gain) for holder in part.values()]
         for parameter in (*rows, *head.values()):
             parameter.requires_grad_(any(parameter is each for each in head.values()))
+        hide_rows(self.model)
         optimizer = torch.optim.AdamW(head.values(), lr=learning_rate, weight_decay=args.weight_decay)
         self._trainer(args, self._on_the_base, optimizer, [BarCallback("head")]).train()
         for parameter in (*rows, *head.values()):
             parameter.requires_grad_(any(parameter is each for each in rows))
-        write_tensors(path, head, {"run": self.run})
+        if ranks.number() == 0:
+            write_tensors(path, head, {"run": self.run})
 
     def train(
         self, evaluator: Evaluator | None, patience: int | None, head_learning_rate: float, checkpoint: Path | None
@@ -124,13 +127,14 @@ class JointRun:
         return batch
 
     def _trainer(self, args: TrainingArguments, collator: Any, optimizer: Any, callbacks: list[Any]) -> ProfileTrainer:
+        shown = self.progress and ranks.number() == 0
         return ProfileTrainer(
             self.model,
             args,
             data_collator=collator,
             train_dataset=self.dataset,
             optimizers=(optimizer, None),
-            callbacks=[each for each in callbacks if self.progress or not isinstance(each, BarCallback)],
+            callbacks=[each for each in callbacks if shown or not isinstance(each, BarCallback)],
             batch_sampler=self.sampler,
         )
 

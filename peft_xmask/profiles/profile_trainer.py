@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ..errors import ConfigError
 from ..files import read_tensors, write_tensors
 from ..integrations.checkpoints import check_shape, checkpoint_folder
 from ..xpeft.table import MaskTable
+from . import ranks
 from .best_rows import BestRows
 from .evaluation import Evaluator
 from .sampler import ProfileBatchSampler
@@ -38,12 +40,16 @@ class ProfileTrainer(Trainer):
     """A Trainer whose batches come from a :class:`~peft_xmask.profiles.sampler.ProfileBatchSampler`.
 
     The loss of a batch of n examples is n / ``batch_size`` times its mean: what an example moves its profile by does
-    not depend on how many others the batch has left.
+    not depend on how many others the batch has left, nor on the number of processes that it is divided among.
     """
 
     def __init__(self, *args: Any, batch_sampler: ProfileBatchSampler, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.batch_sampler = batch_sampler
+        self.model_accepts_loss_kwargs = False  # means of batches, which the Trainer divides by the accumulation
+        if all(hasattr(each, "row_gradients") for each in self.model.parameters() if each.requires_grad):
+            # DDP refuses a model whose gradients are of rows alone: their optimizer exchanges them
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         for printing in (PrinterCallback, ProgressCallback):
             self.remove_callback(printing)
 
@@ -55,7 +61,7 @@ class ProfileTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss, as far as the batch is full."""
-        share = len(inputs["adapter_names"]) / self.batch_sampler.batch_size
+        share = len(inputs["adapter_names"]) * ranks.count() / self.batch_sampler.batch_size
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return (found[0] * share, *found[1:]) if isinstance(found, tuple) else found * share
 
@@ -68,6 +74,8 @@ class ProfileTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and torch.cuda.is_available(),
         )
+        if ranks.count() > 1:  # the sampler gives each process its part: it must not be divided again
+            return loader
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
@@ -161,6 +169,8 @@ class ProfilesCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the training state, the last of a checkpoint's files."""
+        if not args.should_save:
+            return
         tensors = {f"best.{name}": tensor for name, tensor in self.best.tensors().items()}
         for name, weight in self._weights().items():
             tensors[name] = weight

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from ..paging import lazy_zeros
 from ..xpeft.model import find_table
+from . import ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,8 +27,13 @@ class RowAdamW(torch.optim.Optimizer):
 
     The gradients of rows are in a list ``row_gradients`` of the table (:func:`peft_xmask.functional.pick_rows`), which
     :meth:`for_model` makes and :meth:`step` empties; its ``grad`` stays None. So the Trainer, which knows dense
-    gradients only, neither clips nor counts them, and a gradient scaler (fp16) or DDP does not see them: train in
-    float32 or bfloat16, in one process.
+    gradients only, neither clips nor counts them, and a gradient scaler (fp16) does not see them: train in float32 or
+    bfloat16.
+
+    In several processes every one takes the same step, with the sum of the gradients of all divided by their number, as
+    DDP does it: rows that start the same stay the same, bit for bit. They are exchanged in :meth:`step`, once however
+    many batches are accumulated, and only rows that some process had in its batches; DDP is told to leave the table
+    alone.
 
     Args:
         params: parameters, or groups of them, as of any optimizer. :meth:`for_model` takes those of a model.
@@ -72,6 +78,7 @@ class RowAdamW(torch.optim.Optimizer):
             ConfigError: the model has no X-PEFT adapter, or none that is trained.
         """
         table = find_table(model)
+        hide_rows(model)
         trained = [name for name, holder in table.xpeft_logits.items() if holder.weight.requires_grad]
         if not trained:
             raise ConfigError("Expected a model with an X-PEFT adapter that is trained, found none.")
@@ -98,7 +105,9 @@ class RowAdamW(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if getattr(parameter, "row_gradients", None):
+                gradients = getattr(parameter, "row_gradients", None)
+                others = gradients is not None and parameter.grad is None and ranks.count() > 1
+                if gradients or others:
                     self._step_rows(parameter, group)
                 elif parameter.grad is not None:
                     self._step_whole(parameter, group)
@@ -112,8 +121,12 @@ class RowAdamW(torch.optim.Optimizer):
                 getattr(parameter, "row_gradients", []).clear()
 
     def _step_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        rows, values = _summed(parameter.row_gradients)  # type: ignore[attr-defined]
+        rows, values = _summed(parameter)
         parameter.row_gradients.clear()  # type: ignore[attr-defined]
+        if ranks.count() > 1:
+            rows, values = ranks.mean_rows(rows, values)
+        if not len(rows):
+            return
         state = self.state[parameter]
         if not state:
             state.update(self._empty(parameter))
@@ -161,8 +174,19 @@ class RowAdamW(torch.optim.Optimizer):
                     state[name].index_copy_(0, rows, compact[name])
 
 
-def _summed(gradients: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def hide_rows(model: nn.Module) -> None:
+    """Keep DDP from sending a model's mask table: its rows have no ``grad``, and are very many."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    names = [name for name, _ in tensors if ".mask_table." in f".{name}"]
+    hidden = [*getattr(model, "_ddp_params_and_buffers_to_ignore", []), *names]
+    model._ddp_params_and_buffers_to_ignore = hidden  # type: ignore[assignment]
+
+
+def _summed(parameter: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct rows and the sum of the gradients of each."""
+    gradients: list[tuple[Tensor, Tensor]] = parameter.row_gradients  # type: ignore[attr-defined]
+    if not gradients:
+        return torch.empty(0, dtype=torch.long, device=parameter.device), parameter.new_empty(0, *parameter.shape[1:])
     rows, place = torch.unique(torch.cat([each for each, _ in gradients]), return_inverse=True)
     values = torch.cat([each for _, each in gradients])
     return rows, values.new_zeros(len(rows), *values.shape[1:]).index_add_(0, place, values)

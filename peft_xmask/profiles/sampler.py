@@ -32,14 +32,16 @@ class ProfileBatchSampler(Sampler[list[int]]):
     An epoch draws from each profile as :func:`draws_per_epoch` says (a fraction by chance), goes through its examples
     in whole passes and, for the rest, draws without replacement. All draws are shuffled and cut into batches. Examples
     of profiles that have ``stopped`` then leave their batches: those that go on see exactly what they would have seen.
-    A batch that would be empty keeps one.
+    Each process gets its part of every batch, and at least one example: where fewer are left than there are processes,
+    examples of profiles that have stopped fill it up, and if need be examples come twice.
 
     Args:
         rows: long ``[n]``, the row of each example's profile.
-        batch_size: of a step, before profiles stop.
+        batch_size: of a step in all processes together, before profiles stop.
         temperature: T.
         max_passes: c.
         seed: of the draws.
+        part: which process this is, from 0, and how many there are.
 
     Attributes:
         rows: as given.
@@ -49,14 +51,23 @@ class ProfileBatchSampler(Sampler[list[int]]):
         ConfigError: a number that cannot be, or no examples.
     """
 
-    def __init__(self, rows: Tensor, batch_size: int, *, temperature: float, max_passes: float, seed: int) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        batch_size: int,
+        *,
+        temperature: float,
+        max_passes: float,
+        seed: int,
+        part: tuple[int, int] = (0, 1),
+    ) -> None:
         for name, value, least in (("temperature", temperature, 1.0), ("max_passes", max_passes, 1.0)):
             if not value >= least:
                 raise ConfigError(f"{name}={value!r} is not possible. Expected a number of at least {least:g}.")
         if not len(rows):
             raise ConfigError("Expected at least one example, found none.")
         self.batch_size, self.seed, self.epoch, self.drop_last = batch_size, seed, 0, False
-        self.rows = rows
+        self.rows, self.part = rows, part
         self._counts = torch.bincount(rows)
         self._draws = draws_per_epoch(self._counts, temperature, max_passes)
         self._size = int(self._draws.sum().round().clamp_min(1))
@@ -72,10 +83,14 @@ class ProfileBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = self._draw()
+        number, processes = self.part
         active = ~self.stopped[self.rows]
         for batch in torch.tensor_split(drawn, len(self)):
             kept = batch[active[batch]]
-            yield (kept if len(kept) else batch[:1]).tolist()
+            if len(kept) < processes:
+                filled = torch.cat([kept, batch[~active[batch]]])
+                kept = filled.repeat(-(-processes // len(filled)))[:processes]
+            yield kept[number::processes].tolist()
 
     def _draw(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

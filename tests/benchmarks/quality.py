@@ -2,7 +2,8 @@
 
 Every method has the same frozen base, head, learning rate of the head, steps, batches and seeds. Its own learning rate
 is searched by validation accuracy with seed 0 on a ladder of half decades, from where experience starts it, upwards or
-downwards until it gets worse; the test part is seen only by the rate that won. Finished trainings are kept as
+downwards until it gets worse; some tasks take over the rates that another one found. The test part is seen only by the
+rate that won. Finished trainings are kept as
 JSON lines in tests/benchmarks/results/ and never run again; ``--redraw`` only prints them, and ``--plots`` draws
 accuracy against bytes, and training loss against steps.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from quality_lm import LM_METHODS, train_lm
 from quality_methods import GROUPS, METHODS
 from quality_tasks import TASKS, base, load
 from rich.table import Table
@@ -49,8 +51,14 @@ class Cells:
             stream.write(json.dumps(line) + "\n")
 
 
+def methods_of(task):
+    return LM_METHODS if TASKS[task].head == "lm" else METHODS
+
+
 def train(task, parts, called, rate, seed, better_than):
     """One training; the line that is kept. Tested if its validation accuracy is above ``better_than``."""
+    if task.head == "lm":
+        return train_lm(task, parts, called, rate, seed, better_than)
     method = METHODS[called]
     settings = TrainSettings(
         max_steps=task.steps,
@@ -66,7 +74,7 @@ def train(task, parts, called, rate, seed, better_than):
     own = sum(count for name, count in parameters.items() if ".modules_to_save." not in name)
     losses = []
     hook = classifier.model.register_forward_hook(lambda module, args, output: losses.append(output.loss.detach()))
-    classifier.train(parts.train, settings)
+    classifier.train(parts.few(task.shots, seed).train, settings)
     hook.remove()
     with tempfile.TemporaryDirectory() as folder:
         classifier.save(folder)
@@ -83,9 +91,24 @@ def train(task, parts, called, rate, seed, better_than):
     return line
 
 
+def taken_over(task, name):
+    """The rate that won in the task whose rates this one takes over."""
+    tried = [line for line in Cells(task).find(method=name, seed=0) if "test_accuracy" in line]
+    if not tried:
+        raise SystemExit(f"{name} has not been measured on {task}, whose learning rates are taken over. Do that first.")
+    return max(tried, key=lambda line: line["validation_accuracy"])["rate"]
+
+
 def search(cells, parts, name, tick):
     """The best rate of a method by validation accuracy of seed 0; of equals, the one tried first."""
-    rates = (HEAD_RATE,) if name == "head only" else LADDER
+    task = TASKS[cells.task]
+    if task.rates_from is not None:
+        rate = taken_over(task.rates_from, name)
+        if not cells.find(method=name, rate=rate, seed=0):
+            cells.keep(train(task, parts, name, rate, 0, -1.0))
+            tick()
+        return rate
+    rates = (HEAD_RATE,) if name in ("head only", "base") else LADDER
     tried = {}
 
     def score(index):
@@ -93,13 +116,13 @@ def search(cells, parts, name, tick):
             found = cells.find(method=name, rate=rates[index], seed=0)
             if not found:
                 best = max(tried.values(), default=-1.0)
-                cells.keep(train(TASKS[cells.task], parts, name, rates[index], 0, best))
+                cells.keep(train(task, parts, name, rates[index], 0, best))
                 found = cells.lines[-1:]
                 tick()
             tried[index] = found[0]["validation_accuracy"]
         return tried[index]
 
-    here = rates.index(METHODS[name].start) if len(rates) > 1 else 0
+    here = rates.index(methods_of(cells.task)[name].start) if len(rates) > 1 else 0
     score(here)
     while around := [index for index in (here - 1, here + 1) if 0 <= index < len(rates)]:
         there = max(around, key=score)
@@ -157,6 +180,16 @@ def report(task, methods, seeds):
     return facts
 
 
+def wanted(parser, task, words):
+    """Methods of a task by their names and those of groups."""
+    known = methods_of(task)
+    groups = {name: [m for m in group if m in known] for name, group in GROUPS.items()} | {"all": list(known)}
+    methods = list(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
+    if unknown := [name for name in methods if name not in known]:
+        parser.error(f"{task}: no such method: {', '.join(unknown)}. Expected: {', '.join([*groups, *known])}")
+    return methods
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["car"], choices=list(TASKS))
@@ -166,15 +199,12 @@ def main():
     parser.add_argument("--redraw", action="store_true", help="print what has been measured, train nothing")
     parser.add_argument("--plots", type=Path, help="folder for the plots, one of each kind for each task")
     options = parser.parse_args()
-    groups = {**GROUPS, "all": list(METHODS)}
-    methods = list(dict.fromkeys(name for word in options.methods for name in groups.get(word, [word])))
-    if unknown := [name for name in methods if name not in METHODS]:
-        parser.error(f"no such method: {', '.join(unknown)}. Expected: {', '.join([*groups, *METHODS])}")
+    chosen_methods = {task: wanted(parser, task, options.methods) for task in options.tasks}
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     facts = {}
-    for task in options.tasks:
+    for task, methods in chosen_methods.items():
         if not options.redraw:
             measure(task, methods, options.seeds)
         facts[task] = report(task, methods, options.seeds)

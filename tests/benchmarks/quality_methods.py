@@ -17,11 +17,14 @@ from peft import (
     VeraConfig,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from quality_pools import home_made, trained_adapters, trained_loras
 
 from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
 
 QV = {"target_modules": ["query", "value"]}
 FFN_PATTERN = r".*\.layer\.\d+\.(intermediate|output)\.dense"
+ATTENTION_PATTERN = r".*\.attention\.output\.dense"
+BOTH_PATTERN = r".*\.output\.dense"
 LINEAR_PATTERN = r".*\.layer\.\d+\..*(query|key|value|dense)"
 
 
@@ -57,8 +60,17 @@ def of(kind, **settings):
     return lambda: kind(task_type="SEQ_CLS", **settings)
 
 
-def xpeft(num_adapters, bottleneck_size, **settings):
+def xpeft(num_adapters=100, bottleneck_size=48, **settings):
     made = of(XPEFTConfig, num_adapters=num_adapters, bottleneck_size=bottleneck_size, **settings)
+    return Method(made, start=0.1, masks=True)
+
+
+def xpeft_of(pool, *arguments, **settings):
+    """X-PEFT over a pool that is made when it is first wanted."""
+
+    def made():
+        return XPEFTConfig(task_type="SEQ_CLS", pool=pool(*arguments), **settings)
+
     return Method(made, start=0.1, masks=True)
 
 
@@ -87,6 +99,8 @@ METHODS = {
     "X-PEFT hard 100 x 48": xpeft(100, 48),
     "X-PEFT hard 400 x 12": xpeft(400, 12),
     "X-PEFT soft 100 x 48": xpeft(100, 48, mask_type="soft"),
+    "X-PEFT hard 96 x 50": xpeft(96, 50),
+    "X-PEFT hard 392 x 12": xpeft(392, 12),
     "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, density=0.005), start=3e-2),
     "magnitude mask 0.5 %, largest": Method(of(MagnitudeMaskConfig, density=0.005, selection="largest"), start=3e-2),
     "magnitude mask 0.5 %, random": Method(of(MagnitudeMaskConfig, density=0.005, selection="random"), start=3e-2),
@@ -96,6 +110,57 @@ METHODS = {
     "weight adapter, bias r=64": Method(of(WeightAdapterConfig, r=64)),
     "weight adapter, weight r=16": Method(of(WeightAdapterConfig, target="weight", r=16)),
 }
+LEADS = {
+    "scale": {
+        "scale 0.03": xpeft(scale=0.03),
+        "scale 0.1": xpeft(scale=0.1),
+        "scale 1": xpeft(scale=1.0),
+        "scale 3": xpeft(scale=3.0),
+        "weights 1/k, scale 0.3": xpeft(mask_norm="mean"),
+        "weights 1/k, scale 10": xpeft(mask_norm="mean", scale=10.0),
+    },
+    "gain": {
+        "no gain, scale 0.3": xpeft(learn_gain=False),
+        "no gain, scale 1": xpeft(learn_gain=False, scale=1.0),
+    },
+    "estimator": {
+        "softmax estimator": xpeft(estimator="softmax"),
+        "sigmoid estimator": xpeft(estimator="sigmoid"),
+        "Gumbel noise 0.3": xpeft(gumbel_noise=0.3),
+        "Gumbel noise 1": xpeft(gumbel_noise=1.0),
+    },
+    "cut": {
+        "25 x 192": xpeft(25, 192),
+        "50 x 96": xpeft(50, 96),
+        "1600 x 3": xpeft(1600, 3),
+    },
+    "chosen": {
+        "k = N/4": xpeft(top_k=25),
+        "k = N/10": xpeft(top_k=10),
+        "k = 3N/4": xpeft(top_k=75),
+    },
+    "place": {
+        "attention output": xpeft(target_modules=ATTENTION_PATTERN),
+        "both outputs": xpeft(target_modules=BOTH_PATTERN),
+        "both outputs, 48 x 48": xpeft(48, 48, target_modules=BOTH_PATTERN),
+        "parallel": xpeft(insertion_form="parallel"),
+        "gelu": xpeft(activation="gelu"),
+        "tanh": xpeft(activation="tanh"),
+        "identity": xpeft(activation="identity"),
+        "norm before activation": xpeft(layer_norm=True),
+    },
+    "pool": {
+        "uniform pool": xpeft_of(home_made, "uniform", mask_norm="variance", scale=0.3),
+        "orthogonal pool": xpeft_of(home_made, "orthogonal", mask_norm="variance", scale=0.3),
+        "antithetic pool": xpeft_of(home_made, "antithetic", mask_norm="variance", scale=0.3),
+        "trained pool": xpeft_of(trained_adapters, 48),
+        "trained pool, variance": xpeft_of(trained_adapters, 48, mask_norm="variance", scale=0.3),
+        "trained pool, soft": xpeft_of(trained_adapters, 48, mask_type="soft"),
+        "LoRA pool": xpeft_of(trained_loras, 8, insertion_form="parallel", activation="identity"),
+    },
+}
+"""Of X-PEFT, 100 x 48 and hard unless they say otherwise: a line of the study each."""
+METHODS |= {f"X-PEFT, {name}": method for lead in LEADS.values() for name, method in lead.items()}
 GROUPS = {
     "typology": [
         "head only", "LN tuning", "IA3", "VeRA r=256", "Uni-LoRA d=256", "LoRA r=1", "LoRA r=8", "bottleneck b=24",
@@ -109,4 +174,10 @@ GROUPS = {
         "head only", "LoRA r=1", "SHiRA r=1", "Super-Tuning 0.5 %", "magnitude mask 0.5 %",
         "magnitude mask 0.5 %, largest", "magnitude mask 0.5 %, random",
     ],
+    "frontier": [
+        "head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "X-PEFT soft 100 x 48", "LoRA r=1", "LoRA r=8",
+        "bottleneck b=48", "IA3", "LN tuning", "BitFit, FFN", "Uni-LoRA d=256", "VeRA r=256", "VB-LoRA",
+    ],
+    "few": ["head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "LoRA r=8", "bottleneck b=48"],
+    **{f"lead-{lead}": [f"X-PEFT, {name}" for name in names] for lead, names in LEADS.items()},
 }  # fmt: skip

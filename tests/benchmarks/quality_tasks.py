@@ -17,10 +17,13 @@ class Task:
 
     Attributes:
         dataset: folder of the data: "banking77" or "clinc150".
-        head: "mean" (linear, over mean-pooled states) or "model" (that of ``AutoModelForSequenceClassification``).
+        head: "mean" (linear, over mean-pooled states), "model" (that of ``AutoModelForSequenceClassification``), or
+            "lm": the texts themselves are what a causal language model learns.
         steps: optimizer steps of every method.
         batch_size: texts in a step.
         domain: of clinc150; None: all ten.
+        shots: training texts of each label, drawn anew for each seed; None: all there are.
+        rates_from: task whose learning rates are taken over, where a search would cost too much; None: search.
     """
 
     dataset: str
@@ -28,6 +31,8 @@ class Task:
     steps: int
     batch_size: int
     domain: str | None = None
+    shots: int | None = None
+    rates_from: str | None = None
 
 
 @dataclass(frozen=True)
@@ -39,12 +44,35 @@ class Parts:
     test: list[tuple[str, int]]
     labels: list[str]
 
+    def few(self, shots, seed):
+        """The same with ``shots`` training texts of each label."""
+        if shots is None:
+            return self
+        order = random.Random(seed).sample(self.train, len(self.train))
+        kept = [[pair for pair in order if pair[1] == label][:shots] for label in range(len(self.labels))]
+        return Parts([pair for pairs in kept for pair in pairs], self.validation, self.test, self.labels)
 
+
+UNSEEN = {"car": "auto_and_commute", "home": "home", "work": "work"}
+"""Domains that the study's trained pools have not seen, by the name of their task."""
 TASKS = {
-    "car": Task("clinc150", "model", 100, 16, "auto_and_commute"),
+    "car": Task("clinc150", "model", 100, 16, UNSEEN["car"]),
+    "car-25": Task("clinc150", "model", 25, 16, UNSEEN["car"]),
+    "car-400": Task("clinc150", "model", 400, 16, UNSEEN["car"]),
+    **{
+        f"{task}{ending}": Task("clinc150", "model", steps, 16, UNSEEN[task], rates_from=f"car{ending}")
+        for task in ("home", "work")
+        for ending, steps in (("", 100), ("-25", 25), ("-400", 400))
+    },
     "banking77": Task("banking77", "mean", 200, 16),
-    "clinc150": Task("clinc150", "mean", 200, 16),
+    "banking77-600": Task("banking77", "mean", 600, 16, rates_from="banking77"),
+    "banking77-few10": Task("banking77", "mean", 200, 16, shots=10),
+    "banking77-few5": Task("banking77", "mean", 200, 16, shots=5, rates_from="banking77-few10"),
+    "banking77-few50": Task("banking77", "mean", 200, 16, shots=50, rates_from="banking77-few10"),
     "banking77-plain": Task("banking77", "model", 600, 16),
+    "banking77-lm": Task("banking77", "lm", 200, 16),
+    "clinc150": Task("clinc150", "mean", 200, 16, rates_from="banking77"),
+    "clinc150-600": Task("clinc150", "mean", 600, 16, rates_from="banking77"),
     "clinc150-plain": Task("clinc150", "model", 600, 16),
 }
 
