@@ -47,7 +47,8 @@ class ProfileTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.batch_sampler = batch_sampler
         self.model_accepts_loss_kwargs = False  # means of batches, which the Trainer divides by the accumulation
-        if all(hasattr(each, "row_gradients") for each in self.model.parameters() if each.requires_grad):
+        dense = [each for each in self.model.parameters() if each.requires_grad and not hasattr(each, "row_gradients")]
+        if ranks.count() > 1 and not dense:
             # DDP refuses a model whose gradients are of rows alone: their optimizer exchanges them
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         for printing in (PrinterCallback, ProgressCallback):
