@@ -13,11 +13,12 @@ PeftXMaskError
 │   └── MaskMismatchError  values of another mask
 ├── LockedError            another process is writing there
 ├── StaleGraphError        a backward pass through numbers that are not there any more
+├── FleetError             a part of the profiles failed on every worker that tried it; carries ``shard``
 └── MissingExtraError      an optional dependency that is not installed
 ```
 
-All but the last three are also ``ValueError``; ``LockedError`` and ``StaleGraphError`` are also ``RuntimeError``, the
-last also ``ImportError``.
+All but the last four are also ``ValueError``; ``LockedError``, ``StaleGraphError`` and ``FleetError`` are also
+``RuntimeError``, the last also ``ImportError``.
 """
 
 from __future__ import annotations
@@ -79,6 +80,18 @@ class LockedError(PeftXMaskError, RuntimeError):
 
 class StaleGraphError(PeftXMaskError, RuntimeError):
     """A backward pass needs numbers that were changed after the forward pass."""
+
+
+class FleetError(PeftXMaskError, RuntimeError):
+    """A shard of profiles was tried as often as it may be, and failed each time.
+
+    Attributes:
+        shard: its number, from 0.
+    """
+
+    def __init__(self, message: str, *, shard: int) -> None:
+        super().__init__(message)
+        self.shard = shard
 
 
 class MissingExtraError(PeftXMaskError, ImportError):

@@ -11,7 +11,9 @@ from .similar import Neighbour
 from .verification import Problem, Verification, verify_bank
 
 if TYPE_CHECKING:
-    from .training import TrainedBank, train_profiles
+    from .fleet import RayFleet
+    from .trained_bank import TrainedBank
+    from .training import train_profiles
 
 __all__ = [
     "Change",
@@ -21,6 +23,7 @@ __all__ = [
     "Profile",
     "ProfileBank",
     "ProfileCollator",
+    "RayFleet",
     "RowAdamW",
     "TrainedBank",
     "Verification",
@@ -32,8 +35,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import what trains, and with it the Trainer, only when it is asked for."""
-    if name in ("TrainedBank", "train_profiles"):
-        from . import training
+    if name in ("RayFleet", "TrainedBank", "train_profiles"):
+        from . import fleet, trained_bank, training
 
-        return getattr(training, name)
+        homes = {"RayFleet": fleet, "TrainedBank": trained_bank, "train_profiles": training}
+        return getattr(homes[name], name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .names import check_name
+from .names import NameIndex, check_name
+
+
+@dataclass(frozen=True)
+class ProfileData:
+    """Examples, and whose each of them is.
+
+    Attributes:
+        dataset: the examples.
+        rows: long ``[n]``, the row of each example's profile.
+        validation: other examples, or None.
+        held_out: as ``rows``, of these.
+        index: names of the rows, in the order in which they first come.
+        column: of the examples, with the name.
+    """
+
+    dataset: Any
+    rows: Tensor
+    validation: Any
+    held_out: Tensor | None
+    index: NameIndex
+    column: str
+
+    @classmethod
+    def of(cls, dataset: Any, validation: Any, column: str) -> ProfileData:
+        """What a dataset, and perhaps one for validation, have.
+
+        Raises:
+            ConfigError: examples that cannot be looked up, or names that cannot be or are not known.
+        """
+        names = profiles_of(dataset, column)
+        index = NameIndex.build(dict.fromkeys(names))
+        rows = rows_of(names, index.find, "training")
+        held_out = None
+        if validation is not None:
+            held_out = rows_of(profiles_of(validation, column), index.find, "validation")
+        return cls(dataset, rows, validation, held_out, index, column)
 
 
 def profiles_of(dataset: Any, column: str) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -13,37 +11,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
+from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator, set_seed
 
-from ..errors import ConfigError
-from ..files import write_text
 from ..xpeft import XPEFTConfig
+from . import ranks
 from .bank import ProfileBank
 from .best_rows import BestRows
 from .collator import ProfileCollator
-from .columns import profiles_of, rows_of
+from .columns import ProfileData
 from .evaluation import Evaluator, ExampleLoss, example_losses
+from .fleet import FleetRun, RayFleet
 from .joint import JointRun, with_rows
 from .names import NameIndex
 from .profile_trainer import last_checkpoint
+from .recipe import Recipe, arguments, digest
 from .sampler import ProfileBatchSampler
-
-HEADS = ("joint", "frozen", "first")
-METRICS_FILE = "metrics.json"
-
-
-class TrainedBank(ProfileBank):
-    """A bank that was just trained.
-
-    Attributes:
-        metrics: of each profile that was trained: ``examples`` and ``validation_examples`` (counts),
-            ``validation_loss`` of the row that was kept, ``best_step`` it is from and ``stopped_step`` (steps of the
-            optimizer); None where there is none, as without validation examples.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.metrics: dict[str, dict[str, float | int | None]] = {}
+from .trained_bank import TrainedBank, joined, write_metrics
 
 
 def train_profiles(
@@ -65,6 +48,7 @@ def train_profiles(
     max_passes: float = 4.0,
     patience: int | None = 3,
     example_loss: ExampleLoss | None = None,
+    ray: RayFleet | int | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> TrainedBank:
@@ -77,6 +61,10 @@ def train_profiles(
     (:func:`~peft_xmask.profiles.sampler.draws_per_epoch`). After each epoch every profile with validation examples is
     evaluated; its best row is kept, and after ``patience`` evaluations without a better one its examples leave the
     batches, the others' being what they would have been. A profile without validation examples has its last row.
+
+    Under ``accelerate launch`` or ``torchrun`` the processes train together: each has its part of every batch, all have
+    the same rows, bit for bit, and all get the bank; the first writes the files. With ``ray`` the profiles are divided
+    into shards, and each worker trains one after another of them as this function does it.
 
     Args:
         model: the base, which is adapted in place as by ``get_peft_model``; or a PeftModel whose active adapter is an
@@ -105,6 +93,9 @@ def train_profiles(
         patience: evaluations without improvement before a profile stops; None: no profile stops.
         example_loss: a loss for each example, from a model's outputs and the batch; None:
             :func:`~peft_xmask.profiles.evaluation.example_losses`.
+        ray: a :class:`~peft_xmask.profiles.fleet.RayFleet`, or the number of workers of one on this machine; None: no
+            workers. Then ``head`` is ``"frozen"`` or ``"first"``, ``args`` is needed, its ``output_dir`` is a folder
+            that all workers reach and gets the bank too, in ``bank``, and ``model`` stays as it is.
         resume: go on from the last finished checkpoint in ``args.output_dir``, if there is one. With the same data and
             settings the bank is, byte for byte, that of a run that was not interrupted.
         progress: whether to show a bar.
@@ -114,109 +105,99 @@ def train_profiles(
 
     Raises:
         ConfigError: a setting that cannot be; a dataset without examples or the column; names that are missing or
-            cannot be; validation examples of other profiles; a checkpoint of another run. All before anything is
-            computed.
+            cannot be; validation examples of other profiles; a checkpoint of another run; processes that do not have
+            the same. All before anything is computed.
         BaseMismatchError, PoolMismatchError: the bank is of another base or pool.
+        MissingExtraError: ``ray=``, and Ray is not installed.
+        FleetError: a shard failed more often than it may be tried again.
 
     Source: X-PEFT (arXiv 2401.16137) for the profiles; training them together is ours.
     """
-    names = profiles_of(dataset, profile_column)
-    index = NameIndex.build(dict.fromkeys(names))
-    rows = rows_of(names, index.find, "training")
-    held_out = None
-    if validation is not None:
-        held_out = rows_of(profiles_of(validation, profile_column), index.find, "validation")
-    head = _chosen_head(head, bank)
-    if bank is not None and config is not None:
-        raise ConfigError("Expected config= or bank=, found both: profiles that join a bank have its config.")
+    data = ProfileData.of(dataset, validation, profile_column)
+    fleet = None if ray is None else RayFleet.of(ray, args, head, bank)
     with tempfile.TemporaryDirectory() as beside:
-        args = _arguments(args, beside)
-        settings: dict[str, Any] = {
-            "profiles": _digest(names), "validation": None if held_out is None else _digest(held_out.tolist()),
-            "head": head, "head_epochs": head_epochs, "epochs": args.num_train_epochs,
-            "batch_size": args.train_batch_size,
-            "accumulation": args.gradient_accumulation_steps, "learning_rate": args.learning_rate,
-            "head_learning_rate": head_learning_rate or args.learning_rate, "mask_learning_rate": mask_learning_rate,
-            "temperature": temperature, "max_passes": max_passes, "patience": patience, "seed": args.seed,
-        }  # fmt: skip
-        _check_numbers(settings)
-        sampler = ProfileBatchSampler(
-            rows, args.train_batch_size, temperature=temperature, max_passes=max_passes, seed=args.seed
-        )
-        adapted, name = with_rows(model, config, bank, index, logit_scale=mask_learning_rate / args.learning_rate)
+        args = arguments(args, beside)
         if data_collator is None:
             data_collator = DataCollatorWithPadding(processing_class) if processing_class else default_data_collator
-        collator = ProfileCollator(data_collator, index, column=profile_column, model=adapted)
-        settings["adapter"] = _digest(adapted.peft_config[name].to_dict())
-        run = JointRun(adapted, name, index, dataset, collator, sampler, args, settings, progress)
-        checkpoint = last_checkpoint(Path(str(args.output_dir)), run.run) if resume else None
-        for parameter in run.head().values():
-            parameter.requires_grad_(head == "joint")
-        if head == "first":
-            run.train_head(head_epochs, settings["head_learning_rate"])
-        evaluator = None
-        if held_out is not None:
-            causal = getattr(adapted.peft_config[name], "task_type", None) == "CAUSAL_LM"
-            loss = example_loss or partial(example_losses, causal=causal)
-            evaluator = Evaluator(validation, held_out, len(index), collator, args.per_device_eval_batch_size, loss)
-        best = run.train(evaluator, patience, settings["head_learning_rate"], checkpoint)
-        trained = _choose(run, best, evaluator)
-        _write_metrics(trained, Path(str(args.output_dir)))
-        return trained if bank is None else _joined(bank, trained)
-
-
-def _chosen_head(head: str | None, bank: ProfileBank | None) -> str:
-    chosen = head or ("joint" if bank is None else "frozen")
-    if chosen not in HEADS:
-        raise ConfigError(f"head={head!r} is not possible. Expected one of {', '.join(map(repr, HEADS))}.")
-    if bank is not None and chosen != "frozen":
-        raise ConfigError(
-            f"head={head!r} is not possible with bank=: its profiles are served with the bank's head, which stays as "
-            "it is. Pass head='frozen', or train a bank of its own."
+        recipe = Recipe(
+            args=args,
+            config=config,
+            bank=bank,
+            data_collator=data_collator,
+            head=head or ("joint" if bank is None else "frozen"),
+            head_learning_rate=head_learning_rate or args.learning_rate,
+            head_epochs=head_epochs,
+            mask_learning_rate=mask_learning_rate,
+            temperature=temperature,
+            max_passes=max_passes,
+            patience=patience,
+            example_loss=example_loss,
         )
-    return chosen
-
-
-def _arguments(args: TrainingArguments | None, beside: str) -> TrainingArguments:
-    if args is None:
-        args = TrainingArguments(
-            output_dir=beside, per_device_train_batch_size=32, num_train_epochs=10, learning_rate=1e-2,
-            save_strategy="no", report_to=[],
-        )  # fmt: skip
-    if args.world_size > 1:
-        raise ConfigError(
-            f"Expected one process, found {args.world_size}. Train with the Trainer and a ProfileCollator, or train "
-            "parts of the profiles in each process and merge the banks."
+        sampler = ProfileBatchSampler(
+            data.rows,
+            recipe.batch_size,
+            temperature=temperature,
+            max_passes=max_passes,
+            seed=args.seed,
+            part=(ranks.number(), ranks.count()),
         )
-    if args.fp16:
-        raise ConfigError("fp16=True is not possible: gradients of rows are not scaled. Expected float32 or bf16=True.")
-    args = copy.copy(args)
-    args.remove_unused_columns, args.max_steps = False, -1
-    args.eval_strategy, args.load_best_model_at_end, args.eval_on_start = "no", False, False  # type: ignore[assignment]
-    args.disable_tqdm, args.push_to_hub = True, False
-    if args.save_total_limit is not None:
-        args.save_total_limit = max(2, args.save_total_limit)
-    return args
+        if fleet is None:
+            trained = _train_here(_run(model, data, recipe, sampler, progress), data, recipe, resume)
+        else:
+            plan = FleetRun(fleet, model, data, recipe)
+            plan.check(resume)
+            head_of = _head_alone(model, data, recipe, sampler, progress) if recipe.head == "first" else bank
+            trained = plan.train(head_of, progress)
+        if ranks.number() == 0:
+            write_metrics(trained.metrics, Path(str(args.output_dir)))
+        return trained if bank is None else joined(bank, trained)
 
 
-def _digest(facts: Any) -> str:
-    encoded = json.dumps(
-        facts, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
-    )
-    return hashlib.sha256(encoded.encode()).hexdigest()[:16]
+def _run(
+    model: nn.Module, data: ProfileData, recipe: Recipe, sampler: ProfileBatchSampler, progress: bool, **fields: Any
+) -> JointRun:
+    """The model with a row for each profile, and what it is trained on."""
+    set_seed(recipe.args.seed)  # one row alone starts by chance
+    index = fields.get("index", data.index)
+    scale = recipe.mask_learning_rate / recipe.args.learning_rate
+    adapted, name = with_rows(model, recipe.config, recipe.bank, index, logit_scale=scale)
+    collator = ProfileCollator(recipe.data_collator, data.index, column=data.column, model=adapted)
+    settings = {**recipe.settings(data), "adapter": digest(adapted.peft_config[name].to_dict())}
+    run = JointRun(adapted, name, index, data.dataset, collator, sampler, recipe.args, settings, progress)
+    device = next(adapted.parameters()).device
+    ranks.require_same(run.run, device)
+    ranks.send_from_first(run.head().values())
+    return run
 
 
-def _check_numbers(settings: dict[str, Any]) -> None:
-    for name in ("learning_rate", "head_learning_rate", "mask_learning_rate", "head_epochs"):
-        if not settings[name] > 0:
-            raise ConfigError(f"{name}={settings[name]!r} is not possible. Expected a number above 0.")
-    if settings["patience"] is not None and settings["patience"] < 1:
-        raise ConfigError(
-            f"patience={settings['patience']!r} is not possible. Expected at least one evaluation, or None."
-        )
+def _train_here(run: JointRun, data: ProfileData, recipe: Recipe, resume: bool) -> TrainedBank:
+    """Train in this process, and those that train with it."""
+    checkpoint = last_checkpoint(Path(str(run.args.output_dir)), run.run) if resume else None
+    for parameter in run.head().values():
+        parameter.requires_grad_(recipe.head == "joint")
+    if recipe.head == "first":
+        run.train_head(recipe.head_epochs, recipe.head_learning_rate)
+    evaluator = None
+    if data.held_out is not None:
+        causal = getattr(run.model.peft_config[run.name], "task_type", None) == "CAUSAL_LM"
+        loss = recipe.example_loss or partial(example_losses, causal=causal)
+        size = run.args.per_device_eval_batch_size
+        evaluator = Evaluator(data.validation, data.held_out, len(data.index), run.collator, size, loss)
+    best = run.train(evaluator, recipe.patience, recipe.head_learning_rate, checkpoint)
+    return _choose(run, best, evaluator, recipe.told(data))
 
 
-def _choose(run: JointRun, best: BestRows, evaluator: Evaluator | None) -> TrainedBank:
+def _head_alone(
+    model: nn.Module, data: ProfileData, recipe: Recipe, sampler: ProfileBatchSampler, progress: bool
+) -> ProfileBank:
+    """A bank without profiles whose head was trained on the base alone, for shards whose profiles join it."""
+    one = NameIndex.build([data.index.name(0)])
+    run = _run(copy.deepcopy(model), data, recipe, sampler, progress, index=one)
+    run.train_head(recipe.head_epochs, recipe.head_learning_rate)
+    return ProfileBank.from_model(run.model, list(one)).select([])
+
+
+def _choose(run: JointRun, best: BestRows, evaluator: Evaluator | None, told: dict[str, Any]) -> TrainedBank:
     """A bank of the best rows, and of the last ones of profiles without validation examples."""
     bits, gain_bits = run.packed()
     chosen, losses = best.loss.isfinite(), best.loss.clone()
@@ -229,8 +210,7 @@ def _choose(run: JointRun, best: BestRows, evaluator: Evaluator | None) -> Train
         losses = torch.where(chosen, losses, last)
     bits, gain_bits = _merged(chosen, best, bits, gain_bits)
     config: Any = run.model.peft_config[run.name]
-    facts = ("profiles", "head", "epochs", "batch_size", "learning_rate", "mask_learning_rate", "temperature", "seed")
-    config.training = {**{name: run.settings[name] for name in facts}, "profiles": len(bits)}
+    config.training = told
     found = ProfileBank.from_model(run.model, list(run.index))
     trained = TrainedBank(found.config, bits, gain_bits, run.index, found.shared)
     judged = losses.isfinite()
@@ -252,19 +232,3 @@ def _merged(chosen: Tensor, best: BestRows, bits: Tensor, gain_bits: Tensor | No
     if gain_bits is not None and best.gain_bits is not None:
         gain_bits = torch.where(chosen.view(-1, 1, 1), best.gain_bits, gain_bits)
     return bits, gain_bits
-
-
-def _joined(bank: ProfileBank, trained: TrainedBank) -> TrainedBank:
-    """The bank with the profiles that were trained; itself, it stays as it is."""
-    content = bank.content()
-    assert content.names is not None
-    joined = TrainedBank(bank.config, content.bits, content.gain_bits, content.names, content.shared)
-    for name in trained:
-        joined.add(name, trained[name])
-    joined.metrics = trained.metrics
-    return joined
-
-
-def _write_metrics(trained: TrainedBank, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / METRICS_FILE, json.dumps(trained.metrics, ensure_ascii=False, indent=1))

@@ -195,10 +195,16 @@ def main():
     parser.add_argument("--tasks", nargs="+", default=["car"], choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=["typology"], help=f"names, or of {', '.join(GROUPS)}; or all")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one small task, five methods, one seed: minutes")
+    parser.add_argument("--full", action="store_true", help="every task and method: days on two cores; resumes")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     parser.add_argument("--redraw", action="store_true", help="print what has been measured, train nothing")
     parser.add_argument("--plots", type=Path, help="folder for the plots, one of each kind for each task")
     options = parser.parse_args()
+    if options.quick:
+        options.tasks, options.methods, options.seeds = ["car"], ["few"], 1
+    if options.full:
+        options.tasks, options.methods = list(TASKS), ["all"]
     chosen_methods = {task: wanted(parser, task, options.methods) for task in options.tasks}
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()

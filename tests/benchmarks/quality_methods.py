@@ -134,6 +134,14 @@ LEADS = {
         "50 x 96": xpeft(50, 96),
         "1600 x 3": xpeft(1600, 3),
     },
+    "width": {
+        "100 x 12": xpeft(100, 12),
+        "100 x 6": xpeft(100, 6),
+        "100 x 3": xpeft(100, 3),
+        "100 x 1": xpeft(100, 1),
+        "400 x 3": xpeft(400, 3),
+        "400 x 1": xpeft(400, 1),
+    },
     "chosen": {
         "k = N/4": xpeft(top_k=25),
         "k = N/10": xpeft(top_k=10),
@@ -153,6 +161,7 @@ LEADS = {
         "uniform pool": xpeft_of(home_made, "uniform", mask_norm="variance", scale=0.3),
         "orthogonal pool": xpeft_of(home_made, "orthogonal", mask_norm="variance", scale=0.3),
         "antithetic pool": xpeft_of(home_made, "antithetic", mask_norm="variance", scale=0.3),
+        "centred pool": xpeft_of(home_made, "centred", mask_norm="variance", scale=0.3),
         "trained pool": xpeft_of(trained_adapters, 48),
         "trained pool, variance": xpeft_of(trained_adapters, 48, mask_norm="variance", scale=0.3),
         "trained pool, soft": xpeft_of(trained_adapters, 48, mask_type="soft"),

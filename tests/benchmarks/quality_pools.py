@@ -39,13 +39,19 @@ def pool_in(name, adapters):
 
 @functools.cache
 def home_made(kind):
-    """100 x 48, entries of standard deviation 0.1: "uniform", "orthogonal" rows, or "antithetic" up-projections.
+    """100 x 48, entries of standard deviation 0.1: "uniform", "orthogonal" rows, or "antithetic" or "centred" ones.
 
-    Antithetic: each adapter comes twice, with up-projections of opposite sign, so that the mean of all is zero.
+    Antithetic: each adapter comes twice, with up-projections of opposite sign. Centred: the mean over all adapters is
+    taken off each, so that a mask of half of them is one of signs: ``sum_i m_i B_i = w / 2 sum_i (+-1) B_i``.
     """
 
     def adapters(folder):
         model = get_peft_model(AutoModel.from_pretrained(base()), BottleneckConfig(bottleneck_size=WIDTH))
+        mean = {}
+        if kind == "centred":
+            generator = torch.Generator().manual_seed(0)
+            draws = [{name: draw(p, kind, generator) for name, p in trained(model)} for _ in range(SIZE)]
+            mean = {name: torch.stack([each[name] for each in draws]).mean(0) for name in draws[0]}
         generator = torch.Generator().manual_seed(0)
         made = []
         for number in range(SIZE):
@@ -54,7 +60,7 @@ def home_made(kind):
             with torch.no_grad():
                 for name, parameter in trained(model):
                     turned = kind == "antithetic" and number % 2 == 1 and "up" in name
-                    parameter.copy_(-drawn[name] if turned else drawn[name])
+                    parameter.copy_(-drawn[name] if turned else drawn[name] - mean.get(name, 0.0))
             made.append(folder / str(number))
             model.save_pretrained(made[-1])
         return made
