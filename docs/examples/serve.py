@@ -44,7 +44,7 @@ class Answer(BaseModel):
 class Classifier:
     """One model and the bank it serves. Everything here runs in one thread, so a version changes between batches."""
 
-    def __init__(self, base: str, folder: Path, max_length: int = 128) -> None:
+    def __init__(self, base: str, folder: Path, cache_bytes: int = 0, max_length: int = 128) -> None:
         self.folder, self.max_length = folder, max_length
         self.stamp = stamp_of(folder)
         self.bank = ProfileBank.from_pretrained(folder)
@@ -52,6 +52,7 @@ class Classifier:
         head = {} if classes is None else {"num_labels": classes}
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.model = self.bank.attach(AutoModelForSequenceClassification.from_pretrained(base, **head))
+        self.model.cache_profiles(cache_bytes)  # of the version at hand: another one starts with nothing kept
         self.version, self.forwards, self.largest_batch, self.most_users = 1, 0, 0, 0
 
     def classify(self, requests: list[Request]) -> list[Answer | None]:
@@ -201,8 +202,9 @@ def main() -> None:
     parser.add_argument("--max-wait", type=float, default=0.002, help="seconds to wait for a batch to fill")
     parser.add_argument("--max-waiting", type=int, default=1024, help="requests that may wait; more are refused (503)")
     parser.add_argument("--watch", type=float, default=1.0, help="seconds between looks for a new version of the bank")
+    parser.add_argument("--cache", type=int, default=256, help="megabytes for adapters of recent users; 0: none")
     options = parser.parse_args()
-    classifier = Classifier(options.base, options.bank)
+    classifier = Classifier(options.base, options.bank, options.cache * 2**20)
     app = create_app(classifier, options.max_batch, options.max_wait, options.max_waiting, options.watch)
     uvicorn.run(app, host=options.host, port=options.port, access_log=False)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from ..errors import BaseMismatchError, ConfigError, PoolMismatchError
-from .archive import Bank
+from .rows import BankRows
 
 _KIND = ("num_adapters", "bottleneck_size", "mask_type", "top_k", "mask_norm", "learn_gain", "activation", "layer_norm")
 
 
-def check_alike(bank: Bank, other: Bank) -> None:
+def check_alike(bank: BankRows, other: BankRows) -> None:
     """Refuse profiles that do not belong in a bank.
 
     Raises:

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import ConfigError, FileFormatError
 from ..files import read_tensors, write_tensors
 from ..xpeft import XPEFTConfig
-from ..xpeft.spec import MaskSpec
 from .combinatorial import decode, encode
 from .names import TENSORS, NameIndex
-from .profile import Profile
+from .rows import BankRows
 from .settings import config_of
 
 FORMAT, VERSION = "peft_xmask.bank_archive", "1"
 _CODED, _GAIN_BITS, _SHARED = "coded", "gain_bits", "shared."
 
 
-class Bank(Protocol):
-    """What is archived."""
-
-    config: XPEFTConfig
-    spec: MaskSpec
-    shared: dict[str, Tensor]
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def __getitem__(self, name: str) -> Profile: ...
-
-
-def write_archive(bank: Bank, path: Path) -> None:
+def write_archive(bank: BankRows, path: Path) -> None:
     """Write every profile of a bank; each is checked.
 
     The file is a safetensors file: ``coded`` (see :mod:`~peft_xmask.profiles.combinatorial`), ``gain_bits`` if there
@@ -48,14 +34,10 @@ def write_archive(bank: Bank, path: Path) -> None:
     if bank.spec.mask_type != "hard":
         raise ConfigError("Expected a bank of hard masks, found soft ones: these have no code that is shorter.")
     names = list(bank)
-    profiles = [bank[name] for name in names]
-    bits = (
-        torch.stack([each.bits for each in profiles]) if profiles else torch.empty(0, *bank.spec.bits_shape[1:]).byte()
-    )
+    bits, gain_bits = bank.pick(names)
     tensors = {_CODED: encode(bits, bank.spec.num_adapters, bank.spec.top_k), **NameIndex.build(names).tensors}
-    gains = [each.gain_bits for each in profiles if each.gain_bits is not None]
-    if bank.spec.learn_gain:
-        tensors[_GAIN_BITS] = torch.stack(gains) if gains else torch.empty(0, *bank.spec.gain_shape[1:]).byte()
+    if gain_bits is not None:
+        tensors[_GAIN_BITS] = gain_bits
     tensors.update({f"{_SHARED}{name}": tensor for name, tensor in bank.shared.items()})
     config = {key: sorted(value) if isinstance(value, set) else value for key, value in bank.config.to_dict().items()}
     facts = {"sites": str(bank.spec.num_sites), "config": json.dumps(config, sort_keys=True, default=str)}

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
-from ..xpeft import XPEFTConfig
-from ..xpeft.spec import MaskSpec
 from .names import NameIndex
+from .rows import BankRows
 from .storage import BITS, GAIN_BITS, write_bank
 
 
-class Bank(Protocol):
-    """What is merged."""
-
-    config: XPEFTConfig
-    spec: MaskSpec
-    shared: dict[str, Tensor]
-
-    def __iter__(self) -> Iterator[str]: ...
-
-    def blocks(self, gains: bool = False) -> Iterator[Tensor]:
-        """Masks, or gains, some rows at a time."""
-
-    def name_index(self) -> NameIndex:
-        """The names."""
-
-
-def write_merged(banks: Sequence[Bank], folder: Path) -> None:
+def write_merged(banks: Sequence[BankRows], folder: Path) -> None:
     """Write banks as one, their masks a few megabytes at a time.
 
     Raises:

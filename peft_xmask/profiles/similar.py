@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ..config import require_positive
 from ..errors import ConfigError
-from ..xpeft.spec import MaskSpec
-from .profile import Profile
+from .rows import BankRows
 
 _BLOCK = 1 << 18  # bytes of rows that are compared at once: they stay in a core's cache
 
@@ -27,21 +26,7 @@ class Neighbour(NamedTuple):
     distance: int
 
 
-class Bank(Protocol):
-    """What is searched."""
-
-    spec: MaskSpec
-
-    def __getitem__(self, name: str) -> Profile: ...
-
-    def blocks(self) -> Iterator[Tensor]:
-        """Masks in the order of the bank, ``[rows, 2, S, W]`` at a time."""
-
-    def name_at(self, place: int) -> str:
-        """Name of a profile by its place in the order of the bank."""
-
-
-def similar(bank: Bank, name: str, count: int) -> list[Neighbour]:
+def similar(bank: BankRows, name: str, count: int) -> list[Neighbour]:
     """The profiles nearest to one, without itself; see :meth:`~peft_xmask.profiles.ProfileBank.similar`."""
     profile = bank[name]
     require_positive("count", count)

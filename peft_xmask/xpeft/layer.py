@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..functional import AdapterPair, mix
+from ..functional import AdapterPair
 from ..layer import AdapterForm, SiteLayer, device_of
 from ..pool import PoolSlice
-from .mixing import Mixing
 from .state import XPEFTModule
 from .table import MaskTable
 
@@ -29,27 +27,6 @@ class XPEFTSite(nn.Module):
         self.pool = pool
         self.index = index
         self.form = form
-        self._baked: tuple[Mixing, Tensor, AdapterPair] | None = None
-
-    def pair(self, mixing: Mixing) -> AdapterPair:
-        """Mix the pool with the masks; while they stay the same and no gradient is wanted, keep the result.
-
-        Shapes: those of :class:`~peft_xmask.functional.AdapterPair`, with a batch dimension if the mixing has rows.
-        """
-        compiling = torch.compiler.is_compiling()
-        if not compiling and self._baked is not None and self._baked[0] is mixing and self._baked[1] is self.pool.down:
-            return self._baked[2]
-        down_mask = mixing.mask[:, 0, self.index]
-        up_mask = mixing.mask[:, 1, self.index] * mixing.gain[:, self.index, None]
-        pair = AdapterPair(
-            down=mixing.spread(mix(down_mask, self.pool.down)),
-            up=mixing.spread(mix(up_mask, self.pool.up)),
-            down_bias=None if self.pool.down_bias is None else mixing.spread(mix(down_mask, self.pool.down_bias)),
-            up_bias=None if self.pool.up_bias is None else mixing.spread(mix(up_mask, self.pool.up_bias)),
-        )
-        if not compiling:
-            self._baked = None if pair.down.requires_grad else (mixing, self.pool.down, pair)
-        return pair
 
 
 class XPEFTLayer(SiteLayer, XPEFTModule):
@@ -82,4 +59,5 @@ class XPEFTLayer(SiteLayer, XPEFTModule):
 
     def pair(self, adapter_name: str) -> AdapterPair:
         """The mixed adapter, with the gain in the up-projection."""
-        return self.xpeft_sites[adapter_name].pair(self._table[0].mixing(adapter_name))
+        site = self.xpeft_sites[adapter_name]
+        return self._table[0].mixing(adapter_name, site).pair(site)

@@ -18,6 +18,7 @@ from ..layer import SiteLayer, device_of
 from ..pool import AdapterPool, PoolSlice
 from ..sites import Site, same_site
 from ..tuner import SiteTuner
+from .baked import BakedRows
 from .config import XPEFTConfig
 from .layer import XPEFTLayer, XPEFTSite
 from .state import XPEFTModule
@@ -135,6 +136,29 @@ class XPEFTModel(SiteTuner):
         name = adapter_name or self.active_adapters[0]
         row = int(self.table.find_rows(name, [profile])[0]) if isinstance(profile, str) else profile
         self.table.set_rows(name, row)
+
+    def cache_profiles(self, max_bytes: int, adapter_name: str | None = None) -> None:
+        """Keep the mixed adapters of the profiles that were used last, so that these need no mixing again.
+
+        For evaluation of models that are not compiled: profiles that train are mixed in each pass, and so is a batch of
+        more profiles than there is room for. Outputs are those without a cache up to rounding: profiles that are mixed
+        at once are mixed by another kernel than one alone.
+
+        Args:
+            max_bytes: for mixed adapters, besides those of the batch at hand; they are taken at once, in the dtype of
+                the pool. 0: nothing is kept.
+            adapter_name: None: the active adapter.
+
+        Raises:
+            ConfigError: no such adapter, or not even one profile fits.
+        """
+        name = adapter_name or self.active_adapters[0]
+        if name not in self.table.specs:
+            raise ConfigError(f"No adapter '{name}' in this model. Known: {', '.join(sorted(self.table.specs))}.")
+        layers = [module for module in self.model.modules() if isinstance(module, XPEFTLayer)]
+        sites = [layer.xpeft_sites[name] for layer in layers if name in layer.xpeft_sites]
+        sites.sort(key=lambda site: site.index)
+        self.table.keep_baked(name, BakedRows(sites, max_bytes) if max_bytes else None)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

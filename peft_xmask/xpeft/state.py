@@ -1,4 +1,4 @@
-"""What a mask table holds: logits and gains while training, bytes for shipping, and the way from one to the other.
+"""What a mask table holds: logits and gains while training, bytes for shipping, and the way from either to masks.
 
 Trained state is ``xpeft_logits.<name>.weight [P, 2*S*N]`` and ``xpeft_gain.<name>.weight [P, S]``; shipped state is
 ``xpeft_bits.<name>.weight`` and ``xpeft_gain_bits.<name>.weight``: bytes, see
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from .._peft import BaseTunerLayer
 from ..errors import MaskFormatError
-from ..functional import gain_weight, scaled_gain, select_top_k
+from ..functional import gain_weight, pick_rows, require, scaled_gain, select_top_k
 from ..holders import Shipped, Trained
 from ..packing import pack_bits, pack_halves, unpack_bits, unpack_halves
 from ..paging import lazy_zeros
 from ..root_table import RootTable
 from ..sharding import gathered
+from .mixing import Masks, masks_from_bits, masks_from_logits
 from .spec import MaskSpec
 
 REBUILT_LOGIT = 0.1
@@ -55,6 +56,8 @@ class MaskState(RootTable, XPEFTModule):
         self.logit_scale: dict[str, float] = {}
         self.gumbel_noise: dict[str, float] = {}
         self.rebuilt: set[str] = set()
+        self._noise: dict[str, Tensor] = {}
+        self._exploring = False
 
     def add(
         self,
@@ -177,10 +180,68 @@ class MaskState(RootTable, XPEFTModule):
             if adapter_name in container:
                 container[adapter_name].weight.copy_(container[source].weight)
 
+    def masks(self, adapter_name: str, rows: int | Tensor | None) -> Masks:
+        """Masks of rows as they are now.
+
+        Args:
+            rows: long ``[R]``, of which -1 is none and has gains of zero; or one row; or None: all of them.
+
+        Raises:
+            MaskFormatError: bytes that were loaded, or logits that were trained, are no masks.
+        """
+        from_either = self._from_logits if self.is_trained(adapter_name) else self._from_bits
+        masks = from_either(adapter_name, rows)
+        if isinstance(rows, Tensor):
+            return Masks(masks.mask, masks.gain * (rows >= 0).to(masks.gain.device).unsqueeze(1))
+        return masks
+
+    def _from_logits(self, name: str, rows: int | Tensor | None) -> Masks:
+        logits = pick_rows(self.xpeft_logits[name].weight, rows).float().unflatten(1, self.specs[name].logits_shape[1:])
+        gain = pick_rows(self.xpeft_gain[name].weight, rows).float() if name in self.xpeft_gain else None
+        if self._is_noisy(name):
+            logits = logits + self._draw_noise(name, logits) / self.logit_scale[name]
+        elif not self.training:
+            require(logits.isfinite().all(), MaskFormatError(not_finite(name)))
+        return masks_from_logits(
+            self.specs[name],
+            logits,
+            gain,
+            temperature=self.temperature[name],
+            logit_scale=self.logit_scale[name],
+        )
+
+    def _from_bits(self, name: str, rows: int | Tensor | None) -> Masks:
+        bits = pick_rows(self.xpeft_bits[name].weight, rows)
+        gain_bits = pick_rows(self.xpeft_gain_bits[name].weight, rows) if name in self.xpeft_gain_bits else None
+        if torch.compiler.is_compiling():
+            self.specs[name].check_in_graph(bits, gain_bits)
+        else:
+            self.specs[name].check(bits, gain_bits)
+        return masks_from_bits(self.specs[name], bits, gain_bits)
+
+    def _is_noisy(self, name: str) -> bool:
+        """Noise is for learning: a pass without gradients, as that of trl's reference model, sees the masks themselves.
+
+        The noise of the last pass that learns is kept through it: blocks may yet be run again in backward.
+        """
+        learns = torch.is_grad_enabled() or (self._exploring and not torch.compiler.is_compiling())
+        return learns and self.training and self.gumbel_noise[name] > 0
+
+    def _draw_noise(self, name: str, logits: Tensor) -> Tensor:
+        """Drawn once per forward pass: a checkpointed block that is run again in backward must see the same masks."""
+        if torch.compiler.is_compiling():
+            return -torch.empty_like(logits).exponential_().log() * self.gumbel_noise[name]
+        noise = self._noise.get(name)
+        if noise is None or noise.shape != logits.shape:
+            noise = self._noise[name] = -torch.empty_like(logits).exponential_().log()
+        return noise * self.gumbel_noise[name]
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
-        notes: list[dict[str, Any]] = [self.specs, self.temperature, self.logit_scale, self.gumbel_noise]
+        notes: list[dict[str, Any]] = [
+            self.specs, self.temperature, self.logit_scale, self.gumbel_noise, self._noise,
+        ]  # fmt: skip
         for note in notes:
             note.pop(adapter_name, None)
         self.rebuilt.discard(adapter_name)

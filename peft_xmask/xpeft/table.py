@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import ConfigError, MaskFormatError, PeftXMaskWarning
-from ..functional import pick_rows, require
+from ..functional import require
 from ..holders import Shipped
-from .mixing import Mixing, masks_from_bits, masks_from_logits
-from .state import MaskState, not_finite
+from .baked import BakedRows
+from .mixing import Mixing, Site, Source
+from .state import MaskState
 
 
 class Names(Protocol):
@@ -29,20 +30,23 @@ class MaskTable(MaskState):
     """Masks of all sites, profiles and adapters of one model, and those in force during a forward pass.
 
     Masks of all sites are computed together, once per forward pass.
+
+    Attributes:
+        names: of rows, by adapter.
+        baked: by adapter, mixed adapters of rows that were used last, where they are to be kept.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._warned: set[str] = set()
         self.names: dict[str, Names] = {}
+        self.baked: dict[str, BakedRows] = {}
         self._rows: dict[str, int] = {}
         self._row_tensors: dict[str, Tensor] = {}
         self._batch_rows: Tensor | None = None
         self._beams = 1
         self._cache: dict[str, Mixing] = {}
         self._in_graph: dict[str, Mixing] = {}
-        self._noise: dict[str, Tensor] = {}
-        self._exploring = False
         self._inbox: dict[str, tuple[Any, ...]] = {}
         self.hooks: list[RemovableHandle] = []
 
@@ -73,6 +77,15 @@ class MaskTable(MaskState):
         self.names[adapter_name] = names
         for note in (self._rows, self._row_tensors, self._cache):
             note.pop(adapter_name, None)
+        if adapter_name in self.baked:
+            self.baked[adapter_name].clear()
+
+    def keep_baked(self, adapter_name: str, baked: BakedRows | None) -> None:
+        """Keep mixed adapters of the rows used last from now on; None: no more."""
+        self._cache.pop(adapter_name, None)
+        self.baked.pop(adapter_name, None)
+        if baked is not None:
+            self.baked[adapter_name] = baked
 
     def find_rows(self, adapter_name: str, names: Sequence[str]) -> Tensor:
         """Rows of profiles by name, -1 for ``"__base__"``. Long, ``[len(names)]``.
@@ -127,8 +140,11 @@ class MaskTable(MaskState):
                 f"{count} and {sizes[0] // self._beams} respectively."
             )
 
-    def mixing(self, adapter_name: str) -> Mixing:
-        """The masks in force now, computed at most once per forward pass.
+    def mixing(self, adapter_name: str, site: Site) -> Mixing:
+        """The adapters in force now, their masks computed at most once per forward pass.
+
+        Args:
+            site: of the adapter, that is to use them.
 
         Raises:
             ConfigError: an adapter of several profiles, and none was chosen.
@@ -138,8 +154,9 @@ class MaskTable(MaskState):
             return self._in_graph.get(adapter_name) or self._mixing_in_graph(adapter_name)
         rows = self._active_rows(adapter_name)
         cached = self._cache.get(adapter_name)
-        if cached is not None and self._holds(cached, adapter_name, rows):
+        if cached is not None and self._holds(cached, adapter_name, rows) and cached.mixed.fit(site):
             return cached
+        self._cache.pop(adapter_name, None)
         self._take_in(adapter_name)
         self._warn_of_frozen_masks(adapter_name)
         holders = [
@@ -147,9 +164,10 @@ class MaskTable(MaskState):
             for container in (self.xpeft_logits, self.xpeft_gain, self.xpeft_bits, self.xpeft_gain_bits)
             if adapter_name in container
         ]
-        mixing = self._mixing(adapter_name, rows)
-        mixing.rows, mixing.state = rows, self._state(adapter_name, [holder.weight for holder in holders])
-        mixing.sources = [(holder, holder.weight, *_form(holder.weight)) for holder in holders]
+        sources: list[Source] = [(holder, holder.weight, *_form(holder.weight)) for holder in holders]
+        state = self._state(adapter_name, [holder.weight for holder in holders])
+        mixing = self._mixing(adapter_name, rows, sources)
+        mixing.rows, mixing.sources, mixing.state = rows, sources, state
         self._cache[adapter_name] = mixing
         return mixing
 
@@ -164,14 +182,32 @@ class MaskTable(MaskState):
         return cached.state == self._state(name, [weight for _, weight, *_ in cached.sources])
 
     def _state(self, name: str, weights: list[Tensor]) -> tuple[Any, ...]:
-        graph = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
-        return self.training, graph, self._is_noisy(name), self.temperature[name], self.logit_scale[name]
+        inference = torch.is_inference_mode_enabled()  # its tensors cannot be saved for a backward pass
+        noisy, graph = self._is_noisy(name), _makes_graph(weights)
+        return self.training, graph, inference, noisy, self.temperature[name], self.logit_scale[name]
 
-    def _mixing(self, name: str, rows: int | Tensor) -> Mixing:
-        if not isinstance(rows, Tensor):
-            return Mixing(*self._from_either(name, rows), index=None)
-        distinct, index = torch.unique(rows, return_inverse=True)
-        return Mixing(*self._from_rows(name, distinct), index)
+    def _mixing(self, name: str, rows: int | Tensor, sources: list[Source]) -> Mixing:
+        if isinstance(rows, int):
+            slots = self._slots_of(name, torch.tensor([rows]), sources)
+            return Mixing(self.masks(name, rows) if slots is None else self.baked[name], slots, each=False)
+        distinct, index = _distinct(rows)
+        slots = self._slots_of(name, distinct, sources)
+        if slots is None:
+            return Mixing(self.masks(name, distinct), index, each=True)
+        return Mixing(self.baked[name], slots if index is None else slots.to(index.device)[index], each=True)
+
+    def _slots_of(self, name: str, rows: Tensor, sources: list[Source]) -> Tensor | None:
+        """Where mixed adapters of distinct rows are kept; None if they are not. What trains is mixed in each pass."""
+        weights = [weight for _, weight, *_ in sources]
+        if name not in self.baked or self.training or _makes_graph(weights):
+            return None
+        return self.baked[name].find(
+            rows,
+            weights=weights,
+            facts=(self.temperature[name], self.logit_scale[name], [form for _, _, *form in sources]),
+            masks_of=lambda missing: self.masks(name, missing),
+            num_rows=self.specs[name].num_profiles + 1,  # with that of none
+        )
 
     def _mixing_in_graph(self, name: str) -> Mixing:
         """The masks in force, for ``torch.compile``.
@@ -182,62 +218,12 @@ class MaskTable(MaskState):
         if self.is_trained(name):
             require(~self.xpeft_bits[name].weight.any(), MaskFormatError(_not_taken_in(name)))
         if self._batch_rows is not None:
-            rows = self._batch_rows
-            return Mixing(*self._from_rows(name, rows), index=torch.arange(rows.shape[0], device=rows.device))
+            return Mixing(self.masks(name, self._batch_rows), index=None, each=True)
         if self.specs[name].num_profiles == 1:
-            return Mixing(*self._from_either(name, None), index=None)
+            return Mixing(self.masks(name, None), index=None, each=False)
         if name not in self._row_tensors:
             raise ConfigError(_no_profile(name, self.specs[name].num_profiles))
-        return Mixing(*self._from_either(name, self._row_tensors[name]), index=None)
-
-    def _from_rows(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As :meth:`_from_either`; a row of -1 is none, and has a gain of zero."""
-        mask, gain = self._from_either(name, rows)
-        return mask, gain * (rows >= 0).to(gain.device).unsqueeze(1)
-
-    def _from_either(self, name: str, rows: int | Tensor | None) -> tuple[Tensor, Tensor]:
-        return self._from_logits(name, rows) if self.is_trained(name) else self._from_bits(name, rows)
-
-    def _from_logits(self, name: str, rows: int | Tensor | None) -> tuple[Tensor, Tensor]:
-        logits = pick_rows(self.xpeft_logits[name].weight, rows).float().unflatten(1, self.specs[name].logits_shape[1:])
-        gain = pick_rows(self.xpeft_gain[name].weight, rows).float() if name in self.xpeft_gain else None
-        if self._is_noisy(name):
-            logits = logits + self._draw_noise(name, logits) / self.logit_scale[name]
-        elif not self.training:
-            require(logits.isfinite().all(), MaskFormatError(not_finite(name)))
-        return masks_from_logits(
-            self.specs[name],
-            logits,
-            gain,
-            temperature=self.temperature[name],
-            logit_scale=self.logit_scale[name],
-        )
-
-    def _from_bits(self, name: str, rows: int | Tensor | None) -> tuple[Tensor, Tensor]:
-        bits = pick_rows(self.xpeft_bits[name].weight, rows)
-        gain_bits = pick_rows(self.xpeft_gain_bits[name].weight, rows) if name in self.xpeft_gain_bits else None
-        if torch.compiler.is_compiling():
-            self.specs[name].check_in_graph(bits, gain_bits)
-        else:
-            self.specs[name].check(bits, gain_bits)
-        return masks_from_bits(self.specs[name], bits, gain_bits)
-
-    def _is_noisy(self, name: str) -> bool:
-        """Noise is for learning: a pass without gradients, as that of trl's reference model, sees the masks themselves.
-
-        The noise of the last pass that learns is kept through it: blocks may yet be run again in backward.
-        """
-        learns = torch.is_grad_enabled() or (self._exploring and not torch.compiler.is_compiling())
-        return learns and self.training and self.gumbel_noise[name] > 0
-
-    def _draw_noise(self, name: str, logits: Tensor) -> Tensor:
-        """Drawn once per forward pass: a checkpointed block that is run again in backward must see the same masks."""
-        if torch.compiler.is_compiling():
-            return -torch.empty_like(logits).exponential_().log() * self.gumbel_noise[name]
-        noise = self._noise.get(name)
-        if noise is None or noise.shape != logits.shape:
-            noise = self._noise[name] = -torch.empty_like(logits).exponential_().log()
-        return noise * self.gumbel_noise[name]
+        return Mixing(self.masks(name, self._row_tensors[name]), index=None, each=False)
 
     def _active_rows(self, name: str) -> int | Tensor:
         if self._batch_rows is not None:
@@ -284,7 +270,7 @@ class MaskTable(MaskState):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
-        notes: list[dict[str, Any]] = [self.names, self._rows, self._row_tensors, self._cache, self._noise, self._inbox]
+        notes: list[dict[str, Any]] = [self.names, self.baked, self._rows, self._row_tensors, self._cache, self._inbox]
         for note in notes:
             note.pop(adapter_name, None)
         self._warned.discard(adapter_name)
@@ -304,6 +290,16 @@ def begin_forward(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def end_forward(root: nn.Module, *_: Any) -> None:
     """Forward hook of the base model's root."""
     root.mask_table.end_forward()  # type: ignore[operator, union-attr]
+
+
+def _distinct(rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Distinct rows, and for each example which of them; None where every example has one of its own, in order."""
+    distinct, index = torch.unique(rows, return_inverse=True)
+    return (rows, None) if len(distinct) == len(rows) else (distinct, index)
+
+
+def _makes_graph(weights: list[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
 
 
 def _form(tensor: Tensor) -> tuple[int | None, torch.dtype, torch.device]:

@@ -1,7 +1,8 @@
 """The magnitude mask beside PEFT's SHiRA, Super-Tuning and LoRA, and full fine-tuning of the same modules.
 
 All linear layers of the blocks of a BERT shape are adapted, 0.5 % of their weights trained. SHiRA counts its numbers in
-ranks: r=1 is its nearest setting. The head is trained by every method.
+ranks: r=1 is 1/256 of the weights at width 384, and is compared with a mask of that density. The head is trained by
+every method.
 
 Parts and columns:
   training    seconds of forward, backward and AdamW step on random tokens: median (quartiles), best round, and the
@@ -38,12 +39,13 @@ import peft_xmask
 from peft_xmask import MagnitudeMaskConfig
 from peft_xmask.in_place import InPlaceLayer
 
-DENSITY = 0.005
+DENSITY, SHIRA_DENSITY = 0.005, 1 / 256
 TARGETS = (
     r".*layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.dense|intermediate\.dense|output\.dense)"
 )
-OURS, HALF, SHIRA, SUPER, LORA, FULL, BASE = (
-    "magnitude mask", "magnitude mask, bf16 files", "SHiRA r=1", "Super-Tuning, smallest", "LoRA r=8", "full", "base",
+OURS, EQUAL, HALF, SHIRA, SUPER, LORA, FULL, BASE = (
+    "magnitude mask", "magnitude mask 1/256", "magnitude mask, bf16 files", "SHiRA r=1",
+    "Super-Tuning, smallest", "LoRA r=8", "full", "base",
 )  # fmt: skip
 
 
@@ -52,6 +54,7 @@ def config(name, **fields):
     common = {"target_modules": TARGETS, **fields}
     return {
         OURS: lambda: MagnitudeMaskConfig(density=DENSITY, **common),
+        EQUAL: lambda: MagnitudeMaskConfig(density=SHIRA_DENSITY, **common),
         HALF: lambda: MagnitudeMaskConfig(density=DENSITY, storage_dtype="bfloat16", **common),
         SHIRA: lambda: ShiraConfig(r=1, **common),
         SUPER: lambda: SupertuningConfig(sparsity=1 - DENSITY, select_top=False, **common),
@@ -167,7 +170,7 @@ def switching(base, batch):
 
 def disk(base):
     found = {}
-    for name in (OURS, HALF, SHIRA, SUPER, LORA):
+    for name in (OURS, EQUAL, HALF, SHIRA, SUPER, LORA):
         model = get_peft_model(copy.deepcopy(base), config(name))
         numbers = sum(parameter.numel() for parameter in trained(model))
         with tempfile.TemporaryDirectory() as folder:
@@ -222,7 +225,7 @@ def main():
     batch, labels = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.arange(options.examples) % 4
     weights = sum(module.weight.nbytes for _, module in linears(base))
 
-    models = {name: make_model(base, name) for name in (LORA, OURS, SHIRA, SUPER, FULL)}
+    models = {name: make_model(base, name) for name in (LORA, OURS, EQUAL, SHIRA, SUPER, FULL)}
     kept = {name: kept_bytes(model, batch) for name, model in models.items()}
     beyond = {name: (kept[name] - kept[FULL]) / weights for name in models}
     steps = {name: training_step(model, batch, labels) for name, model in models.items()}
@@ -239,13 +242,13 @@ def main():
     table = Table(title=f"Kept for backward and on disk; adapted weights: {weights:,} bytes")
     for column in ("candidate", "kept beyond full", "trained", "file", "bytes a number"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
-    for name in (OURS, HALF, SHIRA, SUPER, LORA):
+    for name in (OURS, EQUAL, HALF, SHIRA, SUPER, LORA):
         share = f"{beyond[name]:.1%}" if name in beyond else ""
         file = files[name]
         table.add_row(name, share, f"{file['trained']:,}", f"{file['bytes']:,}", f"{file['bytes_per_number']:.3f}")
     console.print(table)
     ratios = {
-        "training / SHiRA": (paired_ratio(training, OURS, SHIRA), 0.85),
+        "training, 1/256 / SHiRA": (paired_ratio(training, EQUAL, SHIRA), 0.85),
         "training / Super-Tuning": (paired_ratio(training, OURS, SUPER), 0.85),
         "training / LoRA r=8": (paired_ratio(training, OURS, LORA), 0.90),
         "inference / base": (paired_ratio(forward, OURS, BASE), 1.01),

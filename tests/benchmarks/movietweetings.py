@@ -207,7 +207,7 @@ def run(method, rate, seed, options, tail, data):
         config = XPEFTConfig(target_modules=SITES, num_adapters=number, bottleneck_size=2400 // number, pool_seed=seed)
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
-                output_dir=folder, num_train_epochs=options.epochs, per_device_train_batch_size=64, learning_rate=1e-2,
+                output_dir=folder, num_train_epochs=options.epochs, per_device_train_batch_size=32, learning_rate=1e-2,
                 per_device_eval_batch_size=128, save_strategy="no", report_to=[], use_cpu=True, seed=seed,
                 lr_scheduler_type="constant",
             )  # fmt: skip

@@ -1,12 +1,14 @@
 """What a bank of very many profiles costs to open, to switch in and to mix. Prints tables and, last, one JSON line.
 
 Peers, measured in the same run and in turn: a bank of ten profiles, one profile for all rows, and PEFT's LoRA r=8 on
-query and value with many adapters. ``--profiles``: rows of the large bank.
+query and value with many adapters. "Kept": the same bank with ``cache_profiles``, all of the profiles having been used
+before, or none of them. ``--profiles``: rows of the large bank.
 """
 
 import argparse
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 
 import peft
@@ -18,6 +20,7 @@ from transformers import BertConfig, BertModel
 
 from peft_xmask import ProfileBank, XPEFTConfig
 from peft_xmask.packing import pack_bits, pack_halves
+from peft_xmask.profiles.combinatorial import decode, encode
 
 SHAPES = {
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),
@@ -34,15 +37,18 @@ def config():
     return XPEFTConfig(task_type="FEATURE_EXTRACTION", num_adapters=100)
 
 
+def random_masks(profiles, sites, num_adapters, top_k):
+    scores = torch.rand(profiles, 2, sites, num_adapters, generator=torch.Generator().manual_seed(1))
+    return pack_bits(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(top_k).indices, True))
+
+
 def bank_of(base, profiles):
     """Random masks: a thousand that differ, in an order that jumps."""
     model = get_peft_model(twin(base), config())
     spec = model.base_model.table.specs["default"]
-    generator = torch.Generator().manual_seed(1)
-    scores = torch.rand(1000, 2, spec.num_sites, spec.num_adapters, generator=generator)
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(spec.top_k).indices, True)
     order = torch.arange(profiles) * 7919 % 1000
-    bits, gains = pack_bits(chosen)[order], pack_halves(torch.full((profiles, spec.num_sites, 1), spec.scale))
+    bits = random_masks(1000, spec.num_sites, spec.num_adapters, spec.top_k)[order]
+    gains = pack_halves(torch.full((profiles, spec.num_sites, 1), spec.scale))
     names = [f"user-{i}" for i in range(profiles)]
     return ProfileBank(model.peft_config["default"], bits, gains, names)
 
@@ -71,20 +77,40 @@ def opening(folder, count, rounds=20):
     return bank, Summary.of(opens), Summary.of(finds), {"own": own, "mapped": mapped}
 
 
+def coding(num_adapters=400, top_k=50, sites=12, profiles=1000, rounds=7):
+    """Bytes of a profile in an archive, and milliseconds of processor time to make and to read them, in bulk."""
+    bits, times = random_masks(profiles, sites, num_adapters, top_k), {"encode_ms": [], "decode_ms": []}
+    for _ in range(rounds):
+        coded, encoding = seconds_of(lambda: encode(bits, num_adapters, top_k))
+        decoded, decoding = seconds_of(lambda coded=coded: decode(coded, sites, num_adapters, top_k))
+        assert torch.equal(decoded, bits)
+        times["encode_ms"].append(1e3 * encoding / profiles)
+        times["decode_ms"].append(1e3 * decoding / profiles)
+    sizes = {"coded": coded.shape[1], "bits": bits[0].numel()}
+    return {"masks": f"{top_k} of {num_adapters} at {sites} sites", "bytes": sizes} | {
+        name: Summary.of(each).as_dict() for name, each in times.items()
+    }
+
+
+def seconds_of(run):
+    start = time.thread_time()
+    return run(), time.thread_time() - start
+
+
 def switching(base, banks, loras, rounds, limit):
     """Times of a switch with the forward pass after it, and of such a pass without a switch."""
     batch = {"input_ids": torch.randint(0, 1000, (1, 16), generator=torch.Generator().manual_seed(2))}
-    models = {name: bank.attach(twin(base)) for name, bank in banks.items()}
+    models = {name: bank.attach(twin(base)) for name, bank in [*banks.items(), ("kept", banks["many"])]}
+    models["kept"].cache_profiles(10**9)
+    users = {"ten": 10, "many": len(banks["many"]), "kept": 64}
     lora = get_peft_model(twin(base), LoraConfig(r=8, target_modules=["query", "value"]), adapter_name="0")
     for i in range(1, loras):
         lora.add_adapter(str(i), LoraConfig(r=8, target_modules=["query", "value"]))
     turn = [0]
 
     def switched(name):
-        count = len(banks[name])
-
-        def run():
-            models[name].set_profile(f"user-{turn[0] * 7 % count}")
+        def run(user=None):
+            models[name].set_profile(f"user-{turn[0] * 7 % users[name] if user is None else user}")
             with torch.no_grad():
                 models[name](**batch)
 
@@ -102,8 +128,8 @@ def switching(base, banks, loras, rounds, limit):
 
         return run
 
-    for model in models.values():
-        model.set_profile("user-0")
+    for user in range(users["kept"]):
+        switched("kept")(user)
     candidates = {f"switch {name}": switched(name) for name in models}
     candidates["switch LoRA"] = lora_switched
     candidates["stay in a bank"] = still(twin_of_still(base, banks["ten"]))
@@ -117,16 +143,23 @@ def twin_of_still(base, bank):
     return model
 
 
-def mixing(base, bank, length, rounds, limit, rows=64):
-    """Times of one forward pass over 64 rows."""
+def mixing(base, bank, rows, length, rounds, limit):
+    """Times of one forward pass, and bytes of what is kept."""
     batch = {"input_ids": torch.randint(0, 1000, (rows, length), generator=torch.Generator().manual_seed(3))}
-    served = bank.attach(twin(base))
+    served, kept, new = (bank.attach(twin(base)) for _ in range(3))
     served.set_profile("user-0")
-    names = [f"user-{i * 104729 % len(bank)}" for i in range(rows)]
     lora = get_peft_model(twin(base), LoraConfig(r=8, target_modules=["query", "value"]), adapter_name="0").eval()
     for i in range(1, rows):
         lora.add_adapter(str(i), LoraConfig(r=8, target_modules=["query", "value"]))
     lora.eval()
+    kept.cache_profiles(4 * 10**9)
+    one = kept.base_model.table.baked["bank"].row_bytes
+    for model in (kept, new):
+        model.cache_profiles(rows * one)
+    turn = [0]
+
+    def names(first=0):
+        return [f"user-{(first + i) * 104729 % len(bank)}" for i in range(rows)]
 
     def run(model, **kwargs):
         def forward():
@@ -135,12 +168,18 @@ def mixing(base, bank, length, rounds, limit, rows=64):
 
         return forward
 
+    def new_each_time():
+        run(new, adapter_names=names(turn[0] * rows))()
+
     candidates = {
-        "one profile": run(served),
-        "64 profiles": run(served, adapter_names=names),
-        "64 LoRAs": run(lora, adapter_names=[str(i) for i in range(rows)]),
+        "one": run(served),
+        "mixed": run(served, adapter_names=names()),
+        "kept": run(kept, adapter_names=names()),
+        "new": new_each_time,
+        "loras": run(lora, adapter_names=[str(i) for i in range(rows)]),
     }
-    return in_turn(candidates, rounds, limit, lambda: None, warmup=1)
+    times = in_turn(candidates, rounds, limit, lambda: turn.__setitem__(0, turn[0] + 1), warmup=1)
+    return times, kept.base_model.table.baked["bank"].nbytes
 
 
 def main():
@@ -150,16 +189,18 @@ def main():
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for each comparison")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--rows", nargs="+", type=int, default=[64, 8])
     parser.add_argument("--lengths", nargs="+", type=int, default=[32, 256])
     options = parser.parse_args()
     facts = {"benchmark": "profiles_at_scale", "peft": peft.__version__, "threads": torch.get_num_threads()}
     console = out()
     with progress() as bar, tempfile.TemporaryDirectory() as work:
-        task = bar.add_task("bank", total=2 + len(options.shapes) * len(options.lengths))
+        task = bar.add_task("bank", total=2 + len(options.shapes) * len(options.rows) * len(options.lengths))
         base = base_of("bert-base")
         bank_of(base, options.profiles).save_pretrained(work)
         file_bytes = {path.name: path.stat().st_size for path in Path(work).glob("*.safetensors")}
         bank, opened, found, memory = opening(work, options.profiles)
+        facts["coding"] = coding()
         facts["opening"] = {
             "profiles": len(bank), "masks_bytes": len(bank) * bank.nbytes, "open_ms": opened.as_dict(),
             "find_us": found.as_dict(), "resident_bytes": memory, "files": file_bytes,
@@ -171,6 +212,7 @@ def main():
         extra = {
             "ten": [a - b for a, b in zip(times["switch ten"], times["stay in a bank"], strict=True)],
             "many": [a - b for a, b in zip(times["switch many"], times["stay in a bank"], strict=True)],
+            "kept": [a - b for a, b in zip(times["switch kept"], times["stay in a bank"], strict=True)],
             "LoRA": [a - b for a, b in zip(times["switch LoRA"], times["stay LoRA"], strict=True)],
         }
         facts["switching"] = {
@@ -183,11 +225,15 @@ def main():
         for shape in options.shapes:
             base = base_of(shape)
             bank = bank_of(base, options.profiles)
-            for length in options.lengths:
-                times = mixing(base, bank, length, options.rounds, options.limit)
-                facts["mixing"][f"{shape}, 64 x {length}"] = {
-                    "throughput_of_one_profile": paired_ratio(times, "one profile", "64 profiles").as_dict(),
-                    "throughput_of_64_loras": paired_ratio(times, "64 LoRAs", "64 profiles").as_dict(),
+            for rows, length in product(options.rows, options.lengths):
+                times, kept_bytes = mixing(base, bank, rows, length, options.rounds, options.limit)
+                facts["mixing"][f"{shape}, {rows} x {length}"] = {
+                    "kept_bytes": kept_bytes,
+                    **{
+                        f"{name}_over_{peer}": paired_ratio(times, peer, name).as_dict()
+                        for name in ("mixed", "kept", "new")
+                        for peer in ("one", "loras")
+                    },
                 }
                 bar.advance(task)
     facts["load_average"] = load_average()
@@ -218,16 +264,25 @@ def show(console, facts):
     each = facts["switching"]["many_over_ten"]
     table.add_row("many over ten", f"{each['median']:.3f}", f"{each['interval'][0]:.3f} to {each['interval'][1]:.3f}")
     console.print(table)
-    table = Table(title="64 rows of 64 profiles: throughput over")
-    for column in ("shape", "64 rows of one profile", "64 rows of 64 LoRAs"):
+    table = Table(title="Rows of as many profiles: throughput over")
+    for column in ("batch", "how", "rows of one profile", "rows of as many LoRAs", "bytes kept"):
         table.add_column(column)
-    for name, each in facts["mixing"].items():
-        cells = [
-            f"{each[key]['median']:.3f} ({each[key]['interval'][0]:.3f} to {each[key]['interval'][1]:.3f})"
-            for key in ("throughput_of_one_profile", "throughput_of_64_loras")
-        ]
-        table.add_row(name, *cells)
+    how = {"mixed": "mixed", "kept": "kept, used before", "new": "kept, none used before"}
+    for batch, each in facts["mixing"].items():
+        for name, title in how.items():
+            cells = [cell(each[f"{name}_over_{peer}"]) for peer in ("one", "loras")]
+            table.add_row(batch, title, *cells, "" if name == "mixed" else f"{each['kept_bytes']:,}")
     console.print(table)
+    each = facts["coding"]
+    console.print(
+        f"An archive's masks, {each['masks']}: {each['bytes']['coded']} bytes a profile instead of "
+        f"{each['bytes']['bits']}; {each['encode_ms']['median']:.2f} ms of processor time to code it, "
+        f"{each['decode_ms']['median']:.2f} ms to decode it"
+    )
+
+
+def cell(each):
+    return f"{each['median']:.3f} ({each['interval'][0]:.3f} to {each['interval'][1]:.3f})"
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ METHODS = {
     "PEANuT r=16": Method(of(PeanutConfig, r=16, target_modules=FFN_PATTERN)),
     "SHiRA r=1": Method(of(ShiraConfig, r=1, target_modules=LINEAR_PATTERN), start=3e-2),
     "Super-Tuning 0.5 %": Method(
-        of(SupertuningConfig, sparsity=0.995, select_top=False, target_modules=LINEAR_PATTERN), start=3e-2
+        of(SupertuningConfig, sparsity=0.995, select_top=False, target_modules=LINEAR_PATTERN), start=1e-2
     ),
     "bottleneck b=24": Method(of(BottleneckConfig, bottleneck_size=24)),
     "bottleneck b=48": Method(of(BottleneckConfig, bottleneck_size=48)),
@@ -101,9 +101,10 @@ METHODS = {
     "X-PEFT soft 100 x 48": xpeft(100, 48, mask_type="soft"),
     "X-PEFT hard 96 x 50": xpeft(96, 50),
     "X-PEFT hard 392 x 12": xpeft(392, 12),
-    "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, density=0.005), start=3e-2),
-    "magnitude mask 0.5 %, largest": Method(of(MagnitudeMaskConfig, density=0.005, selection="largest"), start=3e-2),
-    "magnitude mask 0.5 %, random": Method(of(MagnitudeMaskConfig, density=0.005, selection="random"), start=3e-2),
+    "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, density=0.005), start=1e-2),
+    "magnitude mask 1/256": Method(of(MagnitudeMaskConfig, density=1 / 256), start=1e-2),  # as many as SHiRA r=1
+    "magnitude mask 0.5 %, largest": Method(of(MagnitudeMaskConfig, density=0.005, selection="largest"), start=1e-2),
+    "magnitude mask 0.5 %, random": Method(of(MagnitudeMaskConfig, density=0.005, selection="random"), start=1e-2),
     "weight adapter, bias r=1": Method(of(WeightAdapterConfig, r=1), start=1e-2),
     "weight adapter, bias r=4": Method(of(WeightAdapterConfig, r=4), start=1e-2),
     "weight adapter, bias r=16": Method(of(WeightAdapterConfig, r=16)),
@@ -181,7 +182,7 @@ GROUPS = {
     ],
     "magnitude-mask": [
         "head only", "LoRA r=1", "SHiRA r=1", "Super-Tuning 0.5 %", "magnitude mask 0.5 %",
-        "magnitude mask 0.5 %, largest", "magnitude mask 0.5 %, random",
+        "magnitude mask 0.5 %, largest", "magnitude mask 0.5 %, random", "magnitude mask 1/256",
     ],
     "frontier": [
         "head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "X-PEFT soft 100 x 48", "LoRA r=1", "LoRA r=8",

@@ -48,6 +48,23 @@ def test_what_cannot_be_a_name_is_refused(name):
         NameIndex.build(["fine", name])
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    st.text(st.characters(exclude_categories=[]), max_size=400)
+    | st.sampled_from("a\u00e9\u5f20\ud800").map(lambda c: c * 1024)
+)
+def test_any_text_is_a_name_or_is_refused(name):
+    """Lone surrogates and zeros among them."""
+    assert NameIndex.build(["fine"]).find(name) in (0, None)
+    try:
+        index = NameIndex.build([name])
+    except ConfigError:
+        assert name in ("", "__base__") or len(name.encode("utf-8", "surrogatepass")) > 1024 or max(name) > "\ud7ff"
+    else:
+        assert list(index) == [name]
+        assert index.find(name) == 0
+
+
 def test_a_name_that_comes_twice_is_refused():
     with pytest.raises(ConfigError, match="'ann' for rows 0 and 2"):
         NameIndex.build(["ann", "bob", "ann"])

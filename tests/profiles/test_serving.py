@@ -110,8 +110,11 @@ def test_a_million_rows_are_served_from_where_they_lie(saved, tiny_bert, tiny_ba
     gc.collect()
 
 
-def test_a_bank_takes_the_place_of_another(saved, expected, tiny_bert, tiny_batch):
+@pytest.mark.parametrize("cache", [0, 10**6])
+def test_a_bank_takes_the_place_of_another(cache, saved, expected, tiny_bert, tiny_batch):
     served = saved.attach(tiny_bert())
+    served.cache_profiles(cache)
+    logits(served, tiny_batch, adapter_names=list(saved)[:4])
     served.set_profile("ann")
     saved.add("twin", saved["bob"])
     saved.remove("ann")
@@ -183,6 +186,9 @@ def test_generating_for_different_profiles(make, task, beams):
         input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, num_beams=beams, do_sample=False
     )[0]
     names = ["carol", "__base__", "ann", "carol"]
-    mixed = written(prompt.repeat(4, 1), adapter_names=names)
-    assert torch.equal(mixed, torch.stack([alone[name] for name in names]))
+    for cache in (0, 10**6):
+        served.cache_profiles(cache)
+        for _ in range(1 + bool(cache)):  # then from what is kept
+            mixed = written(prompt.repeat(4, 1), adapter_names=names)
+            assert torch.equal(mixed, torch.stack([alone[name] for name in names]))
     assert len({tuple(row.tolist()) for row in alone.values()}) > 2

@@ -162,6 +162,28 @@ def test_profiles_that_stop_leave_and_the_rest_stays():
         assert thin == (kept or whole[:1])
 
 
+@pytest.mark.parametrize("processes", [2, 3, 5])
+def test_processes_divide_each_batch_and_none_is_left_without(processes):
+    rows = torch.tensor([0] * 3 + [1] * 40 + [2] * 9)
+
+    def batches(number, of):
+        sampler = ProfileBatchSampler(rows, 8, temperature=2.0, max_passes=4.0, seed=1, part=(number, of))
+        sampler.stopped = torch.tensor([False, True, False])
+        return list(sampler)
+
+    whole, parts = batches(0, 1), [batches(number, processes) for number in range(processes)]
+    for step, batch in enumerate(whole):
+        mine = [part[step] for part in parts]
+        assert all(mine)
+        together = sorted(place for part in mine for place in part)
+        left = [place for place in batch if rows[place] != 1]
+        if len(left) >= processes:
+            assert together == sorted(left)
+        else:  # those that have stopped fill it up
+            assert set(left) <= set(together)
+            assert len(together) == processes
+
+
 @pytest.mark.parametrize("fields", [{"temperature": 0.9}, {"max_passes": 0.5}])
 def test_sampling_that_cannot_be(fields):
     with pytest.raises(ConfigError, match="at least 1"):
