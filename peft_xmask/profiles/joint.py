@@ -161,7 +161,9 @@ def with_rows(
         table.rescale_logits(name, logit_scale)
         model.peft_config[name].logit_scale = logit_scale  # type: ignore[attr-defined]
         return model, name
-    config = copy.copy(config or (bank.config if bank else XPEFTConfig(task_type="SEQ_CLS")))
+    if config is None:
+        config = XPEFTConfig(task_type="SEQ_CLS") if bank is None else bank.config
+    config = copy.copy(config)
     config.num_profiles, config.inference_mode, config.logit_scale = len(index), False, logit_scale
     if bank is not None:
         config.expected_base_fingerprint = config.base_fingerprint

@@ -43,11 +43,11 @@ class ProfileTrainer(Trainer):
     not depend on how many others the batch has left, nor on the number of processes that it is divided among.
     """
 
-    def __init__(self, *args: Any, batch_sampler: ProfileBatchSampler, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, *args: Any, batch_sampler: ProfileBatchSampler, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
         self.batch_sampler = batch_sampler
         self.model_accepts_loss_kwargs = False  # means of batches, which the Trainer divides by the accumulation
-        dense = [each for each in self.model.parameters() if each.requires_grad and not hasattr(each, "row_gradients")]
+        dense = [each for each in model.parameters() if each.requires_grad and not hasattr(each, "row_gradients")]
         if ranks.count() > 1 and not dense:
             # DDP refuses a model whose gradients are of rows alone: their optimizer exchanges them
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)

@@ -27,7 +27,7 @@ def total(tensor: Tensor, device: torch.device) -> Tensor:
     """The sum over all processes, the same bits in each, where the tensor was.
 
     Args:
-        device: on which processes speak to each other: that of the model.
+        device: on which processes speak to each other.
     """
     if count() == 1:
         return tensor
@@ -66,14 +66,23 @@ def _gathered(rows: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(*found, strict=True))
 
 
-def send_from_first(tensors: Iterable[Tensor]) -> None:
-    """Give every process the numbers of the first, in place."""
+def send_from_first(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Give every process the numbers of the first, in place.
+
+    Args:
+        device: on which processes speak to each other.
+    """
     for tensor in tensors if count() > 1 else ():
-        dist.broadcast(tensor.detach(), 0)
+        sent = tensor.detach().to(device, copy=True)
+        dist.broadcast(sent, 0)
+        tensor.detach().copy_(sent)
 
 
 def require_same(facts: str, device: torch.device) -> None:
     """Refuse processes that would train something else than the first.
+
+    Args:
+        device: on which processes speak to each other.
 
     Raises:
         ConfigError: in every process.

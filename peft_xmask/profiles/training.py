@@ -154,19 +154,23 @@ def train_profiles(
 
 
 def _run(
-    model: nn.Module, data: ProfileData, recipe: Recipe, sampler: ProfileBatchSampler, progress: bool, **fields: Any
+    model: nn.Module,
+    data: ProfileData,
+    recipe: Recipe,
+    sampler: ProfileBatchSampler,
+    progress: bool,
+    index: NameIndex | None = None,
 ) -> JointRun:
-    """The model with a row for each profile, and what it is trained on."""
+    """The model with a row for each profile, or each of an index, and what it is trained on."""
     set_seed(recipe.args.seed)  # one row alone starts by chance
-    index = fields.get("index", data.index)
+    index = data.index if index is None else index
     scale = recipe.mask_learning_rate / recipe.args.learning_rate
     adapted, name = with_rows(model, recipe.config, recipe.bank, index, logit_scale=scale)
     collator = ProfileCollator(recipe.data_collator, data.index, column=data.column, model=adapted)
     settings = {**recipe.settings(data), "adapter": digest(adapted.peft_config[name].to_dict())}
     run = JointRun(adapted, name, index, data.dataset, collator, sampler, recipe.args, settings, progress)
-    device = next(adapted.parameters()).device
-    ranks.require_same(run.run, device)
-    ranks.send_from_first(run.head().values())
+    ranks.require_same(run.run, recipe.args.device)
+    ranks.send_from_first(run.head().values(), recipe.args.device)
     return run
 
 
