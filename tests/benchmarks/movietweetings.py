@@ -4,7 +4,7 @@ The real MiniLM reads title and genres. Its first five blocks are frozen and run
 states is fitted by ridge regression to ratings of other people, and then frozen too. Every method adapts the last
 block and nothing else, trains on the oldest 70 % of a user's ratings, and keeps its best epoch by the next 10 % (each
 user's own, if it is trained for each); the last 20 % are seen once.
-The learning rate is the best of two by the validation error of the first seed. Finished runs are kept as JSON lines and
+The learning rate is the best of three by the validation error of the first seed. Finished runs are kept as JSON lines and
 not run again; ``--redraw`` only prints them.
 """
 
@@ -38,10 +38,10 @@ DATA = Path(os.environ.get("PEFT_XMASK_DATA", HERE.parents[2] / "shared" / "data
 TOKENS, BLOCKS, OTHERS = 16, 1, 8_000
 SITES = r"blocks\.\d+\.output\.dense"
 RATES = {
-    "shared LoRA r=8": (1e-3, 3e-3),
-    "LoRA r=8 each": (1e-3, 3e-3),
-    "X-PEFT N=100": (0.03, 0.1),
-    "X-PEFT N=400": (0.03, 0.1),
+    "shared LoRA r=8": (3e-4, 1e-3, 3e-3),
+    "LoRA r=8 each": (1e-3, 3e-3, 1e-2),
+    "X-PEFT N=100": (0.03, 0.1, 0.3),
+    "X-PEFT N=400": (0.03, 0.1, 0.3),
 }
 METHODS = ("no personalisation", "user offset", *RATES)
 LORA = dict(r=8, target_modules=["query", "value"])
