@@ -40,8 +40,8 @@ SITES = r"blocks\.\d+\.output\.dense"
 RATES = {
     "shared LoRA r=8": (3e-4, 1e-3, 3e-3),
     "LoRA r=8 each": (1e-3, 3e-3, 1e-2),
-    "X-PEFT N=100": (0.03, 0.1, 0.3),
-    "X-PEFT N=400": (0.03, 0.1, 0.3),
+    "X-PEFT N=100": (0.01, 0.03, 0.1),
+    "X-PEFT N=400": (0.01, 0.03, 0.1),
 }
 METHODS = ("no personalisation", "user offset", *RATES)
 LORA = dict(r=8, target_modules=["query", "value"])
