@@ -4,8 +4,8 @@ The real MiniLM reads title and genres. Its first five blocks are frozen and run
 states is fitted by ridge regression to ratings of other people, and then frozen too. Every method adapts the last
 block and nothing else, trains on the oldest 70 % of a user's ratings, and keeps its best epoch by the next 10 % (each
 user's own, if it is trained for each); the last 20 % are seen once.
-The learning rate is the best of three by the validation error of the first seed. Finished runs are kept as JSON lines and
-not run again; ``--redraw`` only prints them.
+The learning rate is the best of three by the validation error of the first seed. Finished runs are kept as JSON lines
+and not run again; ``--redraw`` only prints them.
 """
 
 import argparse

@@ -1,8 +1,9 @@
 """What training very many profiles at once costs. Prints tables and, last, one JSON line.
 
 On MiniLM's shape (random weights), measured side by side in one run: a step with 32 distinct profiles against one with
-a single profile; profiles per hour of ``train_profiles`` against one PEFT LoRA run per profile; and the memory that
-training 32 profiles takes of an adapter that has a thousand rows and of one that has a hundred thousand.
+a single profile; profiles per hour of ``train_profiles`` against one PEFT LoRA run per profile, one after another in
+this process with the base held in memory, and each in a process of its own, as a script per user would be; and the
+memory that training 32 profiles takes of an adapter that has a thousand rows and of one that has a hundred thousand.
 """
 
 import argparse
@@ -98,9 +99,24 @@ def together(base, examples, epochs, batch_size, folder):
     bank.save_pretrained(folder)
 
 
+def lora_apart(each, length, epochs, batch_size):
+    """Seconds of a LoRA run in a process of its own, which starts Python, imports, reads the base, trains and saves."""
+    sizes = [str(number) for number in (each, length, epochs, batch_size)]
+    start = time.perf_counter()
+    subprocess.run([sys.executable, __file__, "--single", *sizes], capture_output=True, check=True)
+    return time.perf_counter() - start
+
+
+def single(each, length, epochs, batch_size):
+    """What that process does."""
+    with tempfile.TemporaryDirectory() as folder:
+        one_lora(base_of(), examples_of(1, each, length), epochs, batch_size, folder)
+
+
 def profiles_per_hour(profiles, each, length, epochs, batch_size, loras):
     """Of a joint run, and of LoRA runs one after another; these before and after it, to see the machine change."""
     base, examples = base_of(), examples_of(profiles, each, length)
+    apart = [lora_apart(each, length, epochs, batch_size) for _ in range(loras // 2)]
     with tempfile.TemporaryDirectory() as folder:
         one_lora(base, examples[:each], 1, batch_size, folder)
         seconds = []
@@ -116,7 +132,14 @@ def profiles_per_hour(profiles, each, length, epochs, batch_size, loras):
         together(base, examples, epochs, batch_size, folder)
         joint = (time.perf_counter() - start) / profiles
         run_loras(range(loras // 2, loras))
-    return Summary.of(seconds), joint, Summary.of([each / joint for each in seconds])
+    apart += [lora_apart(each, length, epochs, batch_size) for _ in range(loras // 2, loras)]
+    return joint, {
+        name: {
+            "an_hour": round(3600 / Summary.of(runs).median),
+            "ratio": Summary.of([s / joint for s in runs]).as_dict(),
+        }
+        for name, runs in (("one_process", seconds), ("a_process_each", apart))
+    }
 
 
 def own_memory():
@@ -161,7 +184,11 @@ def main():
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--length", type=int, default=16, help="tokens, for profiles per hour")
     parser.add_argument("--memory", type=int, nargs=2, metavar=("PROFILES", "TOUCHED"), help=argparse.SUPPRESS)
+    parser.add_argument("--single", type=int, nargs=4, metavar="N", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.single:
+        single(*options.single)
+        return
     if options.memory:
         memory(*options.memory)
         return
@@ -177,13 +204,12 @@ def main():
                 "distinct_over_one": paired_ratio(times, "distinct", "one").as_dict(),
             }
             bar.advance(task)
-        lora, joint, ratio = profiles_per_hour(
+        joint, loras = profiles_per_hour(
             options.profiles, options.examples, options.length, options.epochs, options.batch_size, options.loras
         )
         facts["profiles_per_hour"] = {
             "profiles": options.profiles, "examples": options.examples, "epochs": options.epochs,
-            "batch_size": options.batch_size, "length": options.length, "joint": round(3600 / joint),
-            "lora": round(3600 / lora.median), "ratio": ratio.as_dict(),
+            "batch_size": options.batch_size, "length": options.length, "joint": round(3600 / joint), "lora": loras,
         }  # fmt: skip
         bar.advance(task)
         facts["memory"] = {}
@@ -209,13 +235,12 @@ def show(console, facts):
         title=f"Profiles per hour, {found['examples']} examples of {found['length']} tokens, {found['epochs']} epochs, "
         f"batches of {found['batch_size']}"
     )
-    for column in (f"{found['profiles']} together", "one PEFT LoRA r=8 run each", "ratio (95 % interval)"):
+    for column in (f"{found['profiles']} together", "one PEFT LoRA r=8 run each", "an hour", "ratio (95 % interval)"):
         table.add_column(column)
-    ratio = found["ratio"]
-    table.add_row(
-        f"{found['joint']:,}", f"{found['lora']:,}",
-        f"{ratio['median']:.1f} ({ratio['interval'][0]:.1f} to {ratio['interval'][1]:.1f})",
-    )  # fmt: skip
+    for name, lora in found["lora"].items():
+        low, high = lora["ratio"]["interval"]
+        ratio = f"{lora['ratio']['median']:.1f} ({low:.1f} to {high:.1f})"
+        table.add_row(f"{found['joint']:,}", name.replace("_", " "), f"{lora['an_hour']:,}", ratio)
     console.print(table)
     table = Table(title="Memory of training rows (S = 6, N = 100), in a process each")
     for column in ("rows trained", "making the adapter", "training", "optimizer in a checkpoint"):
