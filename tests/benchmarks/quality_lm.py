@@ -8,39 +8,29 @@ import tempfile
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from quality_methods import Method
+from quality_methods import Method, of, xpeft
 from quality_tasks import DATA
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig, profile_size
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, profile_size
 from peft_xmask.integrations import RecordCallback, WeightAdapterCallback, XPEFTCallback
 
 TOKENS = 96
 TESTED = 1000
-
-
-def of(kind, **settings):
-    return lambda: kind(task_type="CAUSAL_LM", **settings)
-
-
-def xpeft(num_adapters, bottleneck_size, **settings):
-    made = of(XPEFTConfig, num_adapters=num_adapters, bottleneck_size=bottleneck_size, **settings)
-    return Method(made, start=0.1, masks=True)
-
-
+LM = {"task_type": "CAUSAL_LM"}
 LM_METHODS = {
-    "base": Method(of(LoraConfig, target_modules=DUMMY_TARGET_MODULES)),
-    "IA3": Method(of(IA3Config), start=3e-2),
-    "VeRA r=64": Method(of(VeraConfig, r=64), start=0.1),
-    "LoRA r=1": Method(of(LoraConfig, r=1, lora_alpha=2), start=1e-2),
-    "LoRA r=8": Method(of(LoraConfig, r=8, lora_alpha=16), start=1e-2),
-    "bottleneck b=16": Method(of(BottleneckConfig, bottleneck_size=16)),
-    "X-PEFT hard 96 x 16": xpeft(96, 16),
-    "X-PEFT hard 392 x 4": xpeft(392, 4),
-    "X-PEFT soft 96 x 16": xpeft(96, 16, mask_type="soft"),
-    "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, density=0.005), start=3e-2),
-    "magnitude mask 5 %": Method(of(MagnitudeMaskConfig, density=0.05), start=3e-2),
-    "weight adapter, weight r=16": Method(of(WeightAdapterConfig, target="weight", r=16)),
+    "base": Method(of(LoraConfig, **LM, target_modules=DUMMY_TARGET_MODULES)),
+    "IA3": Method(of(IA3Config, **LM), start=3e-2),
+    "VeRA r=64": Method(of(VeraConfig, **LM, r=64), start=0.1),
+    "LoRA r=1": Method(of(LoraConfig, **LM, r=1, lora_alpha=2), start=1e-2),
+    "LoRA r=8": Method(of(LoraConfig, **LM, r=8, lora_alpha=16), start=1e-2),
+    "bottleneck b=16": Method(of(BottleneckConfig, **LM, bottleneck_size=16)),
+    "X-PEFT hard 96 x 16": xpeft(96, 16, **LM),
+    "X-PEFT hard 392 x 4": xpeft(392, 4, **LM),
+    "X-PEFT soft 96 x 16": xpeft(96, 16, **LM, mask_type="soft"),
+    "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, **LM, density=0.005), start=3e-2),
+    "magnitude mask 5 %": Method(of(MagnitudeMaskConfig, **LM, density=0.05), start=3e-2),
+    "weight adapter, weight r=16": Method(of(WeightAdapterConfig, **LM, target="weight", r=16)),
 }
 
 

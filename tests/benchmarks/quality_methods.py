@@ -56,8 +56,8 @@ class Method:
     prepare: Callable[[object], None] = field(default=nothing)
 
 
-def of(kind, **settings):
-    return lambda: kind(task_type="SEQ_CLS", **settings)
+def of(kind, task_type="SEQ_CLS", **settings):
+    return lambda: kind(task_type=task_type, **settings)
 
 
 def xpeft(num_adapters=100, bottleneck_size=48, **settings):
