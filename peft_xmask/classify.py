@@ -45,6 +45,8 @@ Examples = Sequence[tuple[str, int]]
 """Pairs of a text and a label number."""
 Progress = Callable[[int, int], None]
 """Called with the number of steps done and their total."""
+MakesOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+"""Makes an optimizer from parameter groups."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,7 @@ class TextClassifier:
         checkpoints: str | Path | None = None,
         resume: bool = False,
         progress: Progress | None = None,
+        optimizer: MakesOptimizer | None = None,
     ) -> float:
         """Train with the Hugging Face Trainer and return the mean training loss, in nats.
 
@@ -174,6 +177,8 @@ class TextClassifier:
             checkpoints: folder for checkpoints; removed when training ends. Needed if ``settings.checkpoint_every``.
             resume: continue from the last checkpoint in ``checkpoints``.
             progress: called after each step.
+            optimizer: makes it from two groups, the head's and the adapter's, each with its learning rate; None: AdamW
+                without weight decay.
 
         Raises:
             ConfigError: no examples, or nothing to resume from.
@@ -189,7 +194,7 @@ class TextClassifier:
                 train_dataset=_Tokenized(self._encode(examples)),
                 data_collator=DataCollatorWithPadding(self.tokenizer),
                 callbacks=self._callbacks(settings, progress),
-                optimizers=(self._optimizer(settings), None),
+                optimizers=((optimizer or adamw)(self._groups(settings)), None),
             )
             trainer.remove_callback(PrinterCallback)
             result = trainer.train(resume_from_checkpoint=last)
@@ -198,8 +203,8 @@ class TextClassifier:
         self.model.eval()
         return float(result.training_loss)
 
-    def _optimizer(self, settings: TrainSettings) -> torch.optim.Optimizer:
-        """AdamW without weight decay: the head with its own learning rate, the adapter with the other."""
+    def _groups(self, settings: TrainSettings) -> list[dict[str, Any]]:
+        """What is trained: the head with its own learning rate, the adapter with the other."""
         adapter: list[torch.nn.Parameter] = []
         head: list[torch.nn.Parameter] = []
         for name, parameter in self.model.named_parameters():
@@ -208,7 +213,7 @@ class TextClassifier:
         groups = [{"params": head, "lr": settings.head_learning_rate or settings.learning_rate}]
         if adapter:
             groups.append({"params": adapter, "lr": settings.learning_rate})
-        return torch.optim.AdamW(groups, weight_decay=0.0)
+        return groups
 
     @torch.no_grad()
     def evaluate(self, examples: Examples, *, batch_size: int = 64, progress: Progress | None = None) -> Evaluation:
@@ -251,6 +256,11 @@ class TextClassifier:
         if method == "XPEFT":
             return [*callbacks, XPEFTCallback(mask_learning_rate=settings.mask_learning_rate)]
         return [*callbacks, WeightAdapterCallback() if method == "WEIGHT_ADAPTER" else RecordCallback()]
+
+
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW without weight decay."""
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def load_base(

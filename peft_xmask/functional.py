@@ -30,7 +30,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
 ESTIMATORS = ("identity", "softmax", "sigmoid")
 """How a gradient passes a hard mask; see :func:`hard_mask`."""
 
-MASK_NORMS = ("variance", "mean")
+MASK_NORMS = ("variance", "mean", "signs")
 """What a mask's weights are normalised to; see :func:`hard_mask`."""
 
 
@@ -53,11 +53,10 @@ class AdapterPair:
 
 
 def hard_mask(logits: Tensor, top_k: int, *, estimator: str, norm: str, temperature: float = 1.0) -> Tensor:
-    """Exactly ``top_k`` equal weights out of N, with a straight-through gradient.
+    """Exactly ``top_k`` of N chosen, with a straight-through gradient.
 
-    ``m_i = w`` for the ``top_k`` largest logits (ties: the lower index wins), else 0; ``w = 1/sqrt(k)`` for
-    ``norm="variance"`` (a mix of independent adapters then has the variance of one) and ``1/k`` for ``norm="mean"``.
-    The gradient is that of a soft stand-in:
+    The ``top_k`` largest logits are chosen (ties: the lower index wins), and :func:`hard_weights` gives each its
+    weight, of size w. The gradient is that of a soft stand-in:
 
     - ``identity``: ``m = w * logits``;
     - ``softmax``: ``m = w * k * softmax(logits / temperature)``;
@@ -72,7 +71,7 @@ def hard_mask(logits: Tensor, top_k: int, *, estimator: str, norm: str, temperat
 
     Source: X-PEFT (arXiv 2401.16137) for k-hot masks; the estimators and norms are ours to choose from.
     """
-    mask: Tensor = _HardMask.apply(logits, top_k, estimator, mask_weight(top_k, norm), temperature)  # type: ignore[no-untyped-call]
+    mask: Tensor = _HardMask.apply(logits, top_k, estimator, norm, temperature)  # type: ignore[no-untyped-call]
     return mask
 
 
@@ -157,9 +156,22 @@ def select_top_k(logits: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
-def mask_weight(top_k: int, norm: str) -> float:
-    """Weight of one chosen adapter: ``1/sqrt(k)`` for ``variance``, ``1/k`` for ``mean``."""
-    return 1.0 / math.sqrt(top_k) if norm == "variance" else 1.0 / top_k
+def hard_weights(chosen: Tensor, top_k: int, norm: str) -> Tensor:
+    """Weights of hard masks, float32: ``w`` for what is chosen, and for the rest 0, or ``-w`` where bits are signs.
+
+    ``w = 1/sqrt(k)`` for ``variance`` (a mix of independent adapters then has the variance of one), ``1/k`` for
+    ``mean``, ``1/sqrt(N)`` for ``signs``. Signs keep the variance too, and all of it is the mask's to steer: half of that
+    of a mix of N/2 adapters is a part that is the same whatever is chosen.
+
+    Shapes: booleans ``[..., N] -> [..., N]``.
+    """
+    weight = _weight(chosen.shape[-1], top_k, norm)
+    ones = chosen.float()
+    return (2.0 * ones - 1.0) * weight if norm == "signs" else ones * weight
+
+
+def _weight(num_adapters: int, top_k: int, norm: str) -> float:
+    return 1.0 / top_k if norm == "mean" else 1.0 / math.sqrt(num_adapters if norm == "signs" else top_k)
 
 
 def mix(mask: Tensor, pool: Tensor) -> Tensor:
@@ -215,9 +227,10 @@ class _HardMask(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, top_k: int, estimator: str, weight: float, temperature: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, top_k: int, estimator: str, norm: str, temperature: float) -> Tensor:
         selected = select_top_k(logits, top_k)
-        ctx.estimator, ctx.weight, ctx.temperature, ctx.top_k = estimator, weight, temperature, top_k
+        ctx.estimator, ctx.temperature, ctx.top_k = estimator, temperature, top_k
+        ctx.weight = _weight(logits.shape[-1], top_k, norm)
         if estimator == "softmax":
             ctx.stand_in = torch.softmax(logits / temperature, dim=-1)
         elif estimator == "sigmoid":
@@ -225,7 +238,7 @@ class _HardMask(torch.autograd.Function):
             first_out = logits.masked_fill(selected, -torch.inf).amax(-1, keepdim=True)
             threshold = torch.where(first_out.isinf(), last_in, (last_in + first_out) / 2)
             ctx.stand_in = torch.sigmoid((logits - threshold) / temperature)
-        return selected.to(logits.dtype) * weight
+        return hard_weights(selected, top_k, norm).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -8,6 +8,7 @@ from peft_xmask.functional import (
     adapt,
     gain_weight,
     hard_mask,
+    hard_weights,
     mix,
     pick_rows,
     scaled_gain,
@@ -23,6 +24,15 @@ def test_a_hard_mask_has_k_equal_weights_that_keep_the_variance():
         hard_mask(torch.tensor([0.1, 0.5, -1.0, 0.4]), 2, estimator="identity", norm="mean"),
         torch.tensor([0.0, 0.5, 0.0, 0.5]),
     )
+
+
+def test_signs_add_what_is_chosen_and_subtract_the_rest_with_unit_norm():
+    logits = torch.tensor([0.1, 0.5, -1.0, 0.4], requires_grad=True)
+    mask = hard_mask(logits, 2, estimator="identity", norm="signs")
+    assert mask.tolist() == [-0.5, 0.5, -0.5, 0.5]
+    (mask * torch.tensor([1.0, -2.0, 0.5, 3.0])).sum().backward()
+    assert logits.grad.tolist() == [0.5, -1.0, 0.25, 1.5]
+    assert hard_weights(torch.tensor([True, False, True, True]), 3, "signs").tolist() == [0.5, -0.5, 0.5, 0.5]
 
 
 def test_ties_go_to_the_lower_index():

@@ -44,8 +44,9 @@ class XPEFTConfig(SiteConfig):
         learn_gain: whether g is trained: one half-precision number per site and profile. It forgives a scale that does
             not suit the base; docs/xpeft.md has what it was worth.
         mask_norm: ``"variance"``: the weights of a mask have unit 2-norm, which keeps the variance of a mix of
-            independent adapters at that of one; ``"mean"``: unit sum. None: ``"variance"`` for a random pool,
-            ``"mean"`` for a trained one.
+            independent adapters at that of one; ``"mean"``: unit sum; ``"signs"``: of a hard mask, what is chosen is
+            added and the rest subtracted, with unit 2-norm again. None: ``"variance"`` for a random pool, ``"mean"``
+            for a trained one.
         estimator: gradient of a hard mask: ``"identity"``, ``"softmax"`` or ``"sigmoid"``, see
             :func:`peft_xmask.functional.hard_mask`.
         temperature: of the softmax or of the estimator's stand-in.
@@ -73,7 +74,7 @@ class XPEFTConfig(SiteConfig):
     scale: float | None = field(default=None, metadata={"help": "The gain, or its start; None: by kind of pool."})
     num_profiles: int = field(default=1, metadata={"help": "Rows of the mask table."})
     learn_gain: bool = field(default=True, metadata={"help": "Train one gain per site."})
-    mask_norm: str | None = field(default=None, metadata={"help": "'variance' or 'mean'; None: by kind of pool."})
+    mask_norm: str | None = field(default=None, metadata={"help": "'variance', 'mean' or 'signs'; None: by pool."})
     estimator: str = field(default="identity", metadata={"help": "Gradient of a hard mask."})
     temperature: float = field(default=1.0, metadata={"help": "Of the softmax or the estimator's stand-in."})
     gumbel_noise: float = field(default=0.0, metadata={"help": "Size of Gumbel noise on the logits in training."})
@@ -90,6 +91,11 @@ class XPEFTConfig(SiteConfig):
         require_choice("estimator", self.estimator, ESTIMATORS)
         if self.mask_norm is not None:
             require_choice("mask_norm", self.mask_norm, MASK_NORMS)
+            if self.mask_norm == "signs" and self.mask_type != "hard":
+                raise ConfigError(
+                    'mask_norm="signs" is not possible with mask_type="soft", whose weights are above 0. Expected '
+                    'mask_type="hard", or another norm.'
+                )
         for name in ("temperature", "logit_scale"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not possible. Expected a number above 0.")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..functional import AdapterPair, hard_mask, mask_weight, mix, scaled_gain, soft_mask
+from ..functional import AdapterPair, hard_mask, hard_weights, mix, scaled_gain, soft_mask
 from ..packing import unpack_bits, unpack_halves
 from ..pool import PoolSlice
 from .spec import MaskSpec
@@ -130,7 +130,7 @@ def masks_from_bits(spec: MaskSpec, bits: Tensor, gain_bits: Tensor | None) -> M
     Shapes: as in :class:`~peft_xmask.xpeft.spec.MaskSpec`, with R rows.
     """
     if spec.mask_type == "hard":
-        mask = unpack_bits(bits, spec.num_adapters).float() * mask_weight(spec.top_k, spec.norm)
+        mask = hard_weights(unpack_bits(bits, spec.num_adapters), spec.top_k, spec.norm)
     else:
         mask = soft_mask(unpack_halves(bits), norm=spec.norm)
     return Masks(mask, constant_gain(spec, mask) if gain_bits is None else unpack_halves(gain_bits)[..., 0])

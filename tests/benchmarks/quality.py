@@ -74,7 +74,7 @@ def train(task, parts, called, rate, seed, better_than):
     own = sum(count for name, count in parameters.items() if ".modules_to_save." not in name)
     losses = []
     hook = classifier.model.register_forward_hook(lambda module, args, output: losses.append(output.loss.detach()))
-    classifier.train(parts.few(task.shots, seed).train, settings)
+    classifier.train(parts.few(task.shots, seed).train, settings, optimizer=method.optimizer)
     hook.remove()
     with tempfile.TemporaryDirectory() as folder:
         classifier.save(folder)
@@ -108,7 +108,8 @@ def search(cells, parts, name, tick):
             cells.keep(train(task, parts, name, rate, 0, -1.0))
             tick()
         return rate
-    rates = (HEAD_RATE,) if name in ("head only", "base") else LADDER
+    method = methods_of(cells.task)[name]
+    rates = (HEAD_RATE,) if name in ("head only", "base") else LADDER if method.search else (method.start,)
     tried = {}
 
     def score(index):
@@ -122,7 +123,7 @@ def search(cells, parts, name, tick):
             tried[index] = found[0]["validation_accuracy"]
         return tried[index]
 
-    here = rates.index(methods_of(cells.task)[name].start) if len(rates) > 1 else 0
+    here = rates.index(method.start) if len(rates) > 1 else 0
     score(here)
     while around := [index for index in (here - 1, here + 1) if 0 <= index < len(rates)]:
         there = max(around, key=score)

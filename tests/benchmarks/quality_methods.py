@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from peft import (
     BeftConfig,
     IA3Config,
@@ -20,6 +21,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from quality_pools import home_made, trained_adapters, trained_loras
 
 from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
+from peft_xmask.classify import MakesOptimizer, adamw
 
 QV = {"target_modules": ["query", "value"]}
 FFN_PATTERN = r".*\.layer\.\d+\.(intermediate|output)\.dense"
@@ -48,32 +50,65 @@ class Method:
         start: learning rate at which the search starts.
         masks: whether the learning rate that is searched is that of X-PEFT's masks.
         prepare: what is done to the model beside it.
+        optimizer: makes it from the head's group of parameters and the method's.
+        search: whether the rate is searched; if not, it is ``start``.
     """
 
     config: Callable[[], PeftConfig]
     start: float = 3e-3
     masks: bool = False
     prepare: Callable[[object], None] = field(default=nothing)
+    optimizer: MakesOptimizer = adamw
+    search: bool = True
 
 
 def of(kind, task_type="SEQ_CLS", **settings):
     return lambda: kind(task_type=task_type, **settings)
 
 
-def xpeft(num_adapters=100, bottleneck_size=48, **settings):
+def xpeft(num_adapters=100, bottleneck_size=48, *, start=0.1, optimizer=adamw, search=True, **settings):
     made = of(XPEFTConfig, num_adapters=num_adapters, bottleneck_size=bottleneck_size, **settings)
-    return Method(made, start=0.1, masks=True)
+    return Method(made, start=start, masks=True, optimizer=optimizer, search=search)
 
 
-def xpeft_of(pool, *arguments, **settings):
+def xpeft_of(pool, *arguments, search=True, **settings):
     """X-PEFT over a pool that is made when it is first wanted."""
 
     def made():
         return XPEFTConfig(task_type="SEQ_CLS", pool=pool(*arguments), **settings)
 
-    return Method(made, start=0.1, masks=True)
+    return Method(made, start=0.1, masks=True, search=search)
 
 
+def k_hot(*sizes, **settings):
+    """X-PEFT as it was at first: what is chosen is added and the rest left out, and gains start at 0.3."""
+    return xpeft(*sizes, **{"mask_norm": "variance", "scale": 0.3, **settings})
+
+
+def decaying(rate):
+    """AdamW whose logits and gains shrink by ``rate`` times the learning rate in each step."""
+
+    def made(groups):
+        return torch.optim.AdamW([{**group, "weight_decay": rate * number} for number, group in enumerate(groups)])
+
+    return made
+
+
+def sign_steps(groups):
+    """AdamW for the head; for the masks steps of the gradient's sign, without any memory."""
+    betas = [(0.9, 0.999), (0.0, 0.0)]
+    return torch.optim.AdamW([{**g, "betas": b} for g, b in zip(groups, betas, strict=True)], weight_decay=0.0)
+
+
+def slow(groups):
+    """AdamW whose masks follow a mean of fifty gradients instead of ten."""
+    betas = [(0.9, 0.999), (0.98, 0.999)]
+    return torch.optim.AdamW([{**g, "betas": b} for g, b in zip(groups, betas, strict=True)], weight_decay=0.0)
+
+
+SIGNS_QV = {
+    **QV, "mask_norm": "signs", "scale": 0.1, "insertion_form": "parallel", "activation": "identity"
+}  # fmt: skip
 HEAD_ONLY = of(LoraConfig, target_modules=DUMMY_TARGET_MODULES)
 METHODS = {
     "head only": Method(HEAD_ONLY),
@@ -96,11 +131,14 @@ METHODS = {
     ),
     "bottleneck b=24": Method(of(BottleneckConfig, bottleneck_size=24)),
     "bottleneck b=48": Method(of(BottleneckConfig, bottleneck_size=48)),
-    "X-PEFT hard 100 x 48": xpeft(100, 48),
-    "X-PEFT hard 400 x 12": xpeft(400, 12),
-    "X-PEFT soft 100 x 48": xpeft(100, 48, mask_type="soft"),
-    "X-PEFT hard 96 x 50": xpeft(96, 50),
-    "X-PEFT hard 392 x 12": xpeft(392, 12),
+    "X-PEFT hard 100 x 48": k_hot(100, 48),
+    "X-PEFT hard 400 x 12": k_hot(400, 12),
+    "X-PEFT soft 100 x 48": k_hot(100, 48, mask_type="soft"),
+    "X-PEFT hard 96 x 50": k_hot(96, 50),
+    "X-PEFT hard 392 x 12": k_hot(392, 12),
+    "X-PEFT signs 96 x 50": xpeft(96, 50, mask_norm="signs", scale=0.1),
+    "X-PEFT signs 392 x 12": xpeft(392, 12, mask_norm="signs", scale=0.1),
+    "X-PEFT signs 1568 x 3": xpeft(1568, 3, mask_norm="signs", scale=0.03),
     "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, density=0.005), start=1e-2),
     "magnitude mask 1/256": Method(of(MagnitudeMaskConfig, density=1 / 256), start=1e-2),  # as many as SHiRA r=1
     "magnitude mask 0.5 %, largest": Method(of(MagnitudeMaskConfig, density=0.005, selection="largest"), start=1e-2),
@@ -113,60 +151,76 @@ METHODS = {
 }
 LEADS = {
     "scale": {
-        "scale 0.03": xpeft(scale=0.03),
-        "scale 0.1": xpeft(scale=0.1),
-        "scale 1": xpeft(scale=1.0),
-        "scale 3": xpeft(scale=3.0),
-        "weights 1/k, scale 0.3": xpeft(mask_norm="mean"),
-        "weights 1/k, scale 10": xpeft(mask_norm="mean", scale=10.0),
+        "scale 0.03": k_hot(scale=0.03),
+        "scale 0.1": k_hot(scale=0.1),
+        "scale 1": k_hot(scale=1.0),
+        "scale 3": k_hot(scale=3.0),
+        "weights 1/k, scale 0.3": k_hot(mask_norm="mean"),
+        "weights 1/k, scale 10": k_hot(mask_norm="mean", scale=10.0),
     },
     "gain": {
-        "no gain, scale 0.3": xpeft(learn_gain=False),
-        "no gain, scale 1": xpeft(learn_gain=False, scale=1.0),
+        "no gain, scale 0.3": k_hot(learn_gain=False),
+        "no gain, scale 1": k_hot(learn_gain=False, scale=1.0),
     },
     "estimator": {
-        "softmax estimator": xpeft(estimator="softmax"),
-        "sigmoid estimator": xpeft(estimator="sigmoid"),
-        "Gumbel noise 0.3": xpeft(gumbel_noise=0.3),
-        "Gumbel noise 1": xpeft(gumbel_noise=1.0),
+        "softmax estimator": k_hot(estimator="softmax"),
+        "sigmoid estimator": k_hot(estimator="sigmoid"),
+        "Gumbel noise 0.3": k_hot(gumbel_noise=0.3),
+        "Gumbel noise 1": k_hot(gumbel_noise=1.0),
     },
     "cut": {
-        "25 x 192": xpeft(25, 192),
-        "50 x 96": xpeft(50, 96),
-        "1600 x 3": xpeft(1600, 3),
+        "25 x 192": k_hot(25, 192),
+        "50 x 96": k_hot(50, 96),
+        "1600 x 3": k_hot(1600, 3),
     },
     "width": {
-        "100 x 12": xpeft(100, 12),
-        "100 x 6": xpeft(100, 6),
-        "100 x 3": xpeft(100, 3),
-        "100 x 1": xpeft(100, 1),
-        "400 x 3": xpeft(400, 3),
-        "400 x 1": xpeft(400, 1),
+        "100 x 12": k_hot(100, 12),
+        "100 x 6": k_hot(100, 6),
+        "100 x 3": k_hot(100, 3),
+        "100 x 1": k_hot(100, 1),
+        "400 x 3": k_hot(400, 3, search=False),
+        "400 x 1": k_hot(400, 1, search=False),
     },
     "chosen": {
-        "k = N/4": xpeft(top_k=25),
-        "k = N/10": xpeft(top_k=10),
-        "k = 3N/4": xpeft(top_k=75),
+        "k = N/4": k_hot(top_k=25, search=False),
+        "k = N/10": k_hot(top_k=10, search=False),
+        "k = 3N/4": k_hot(top_k=75, search=False),
     },
     "place": {
-        "attention output": xpeft(target_modules=ATTENTION_PATTERN),
-        "both outputs": xpeft(target_modules=BOTH_PATTERN),
-        "both outputs, 48 x 48": xpeft(48, 48, target_modules=BOTH_PATTERN),
-        "parallel": xpeft(insertion_form="parallel"),
-        "gelu": xpeft(activation="gelu"),
-        "tanh": xpeft(activation="tanh"),
-        "identity": xpeft(activation="identity"),
-        "norm before activation": xpeft(layer_norm=True),
+        "attention output": k_hot(target_modules=ATTENTION_PATTERN, search=False),
+        "both outputs": k_hot(target_modules=BOTH_PATTERN, search=False),
+        "both outputs, 48 x 48": k_hot(48, 48, target_modules=BOTH_PATTERN, search=False),
+        "parallel": k_hot(insertion_form="parallel", search=False),
+        "gelu": k_hot(activation="gelu", search=False),
+        "tanh": k_hot(activation="tanh", search=False),
+        "identity": k_hot(activation="identity", search=False),
+        "norm before activation": k_hot(layer_norm=True, search=False),
+    },
+    "optimiser": {
+        "decay 1": k_hot(optimizer=decaying(1.0), search=False),
+        "decay 3": k_hot(optimizer=decaying(3.0), search=False),
+        "sign steps": k_hot(optimizer=sign_steps),
+        "mean of 50 gradients": k_hot(optimizer=slow, search=False),
+    },
+    "signs": {
+        "signs, scale 0.3": xpeft(mask_norm="signs", scale=0.3),
+        "signs": xpeft(mask_norm="signs", scale=0.1),
+        "signs, 400 x 12": xpeft(400, 12, mask_norm="signs", scale=0.1),
+        "signs, 400 x 3": xpeft(400, 3, mask_norm="signs", scale=0.1),
+        "signs, 1600 x 3": xpeft(1600, 3, mask_norm="signs", scale=0.03),
+        "signs, query and value, 200 x 2": xpeft(200, 2, **SIGNS_QV),
+        "signs, query and value, 50 x 2": xpeft(50, 2, **SIGNS_QV),
     },
     "pool": {
-        "uniform pool": xpeft_of(home_made, "uniform", mask_norm="variance", scale=0.3),
-        "orthogonal pool": xpeft_of(home_made, "orthogonal", mask_norm="variance", scale=0.3),
-        "antithetic pool": xpeft_of(home_made, "antithetic", mask_norm="variance", scale=0.3),
-        "centred pool": xpeft_of(home_made, "centred", mask_norm="variance", scale=0.3),
+        "uniform pool": xpeft_of(home_made, "uniform", mask_norm="variance", scale=0.3, search=False),
+        "orthogonal pool": xpeft_of(home_made, "orthogonal", mask_norm="variance", scale=0.3, search=False),
+        "antithetic pool": xpeft_of(home_made, "antithetic", mask_norm="variance", scale=0.3, search=False),
+        "centred pool": xpeft_of(home_made, "centred", mask_norm="variance", scale=0.3, search=False),
         "trained pool": xpeft_of(trained_adapters, 48),
-        "trained pool, variance": xpeft_of(trained_adapters, 48, mask_norm="variance", scale=0.3),
-        "trained pool, soft": xpeft_of(trained_adapters, 48, mask_type="soft"),
-        "LoRA pool": xpeft_of(trained_loras, 8, insertion_form="parallel", activation="identity"),
+        "trained pool, variance": xpeft_of(trained_adapters, 48, mask_norm="variance", scale=0.3, search=False),
+        "trained pool, soft": xpeft_of(trained_adapters, 48, mask_type="soft", search=False),
+        "trained pool, signs": xpeft_of(trained_adapters, 48, mask_norm="signs", scale=0.3, search=False),
+        "LoRA pool": xpeft_of(trained_loras, 8, insertion_form="parallel", activation="identity", search=False),
     },
 }
 """Of X-PEFT, 100 x 48 and hard unless they say otherwise: a line of the study each."""
@@ -185,7 +239,8 @@ GROUPS = {
         "magnitude mask 0.5 %, largest", "magnitude mask 0.5 %, random", "magnitude mask 1/256",
     ],
     "frontier": [
-        "head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "X-PEFT soft 100 x 48", "LoRA r=1", "LoRA r=8",
+        "head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "X-PEFT signs 96 x 50", "X-PEFT signs 392 x 12",
+        "X-PEFT signs 1568 x 3", "X-PEFT soft 100 x 48", "LoRA r=1", "LoRA r=8",
         "bottleneck b=48", "IA3", "LN tuning", "BitFit, FFN", "Uni-LoRA d=256", "VeRA r=256", "VB-LoRA",
     ],
     "few": ["head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "LoRA r=8", "bottleneck b=48"],

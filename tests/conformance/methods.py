@@ -81,7 +81,7 @@ METHODS = [
     Method(
         "xpeft-identity",
         XPEFTConfig,
-        {**XPEFT, "activation": "identity"},
+        {**XPEFT, "activation": "identity", "mask_norm": "signs"},
         "xpeft_",
         linear=True,
         **MASKS,

@@ -21,6 +21,7 @@ from peft_xmask.errors import ConfigError
         ({"insertion_form": "sideways"}, "insertion_form='sideways'"),
         ({"estimator": "magic"}, "estimator='magic'"),
         ({"mask_norm": "max"}, "mask_norm='max'"),
+        ({"mask_norm": "signs", "mask_type": "soft"}, 'mask_norm="signs" is not possible with mask_type="soft"'),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"logit_scale": -1.0}, "logit_scale=-1.0"),
         ({"scale": 0.0}, "scale=0.0"),
