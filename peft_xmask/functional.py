@@ -160,8 +160,8 @@ def hard_weights(chosen: Tensor, top_k: int, norm: str) -> Tensor:
     """Weights of hard masks, float32: ``w`` for what is chosen, and for the rest 0, or ``-w`` where bits are signs.
 
     ``w = 1/sqrt(k)`` for ``variance`` (a mix of independent adapters then has the variance of one), ``1/k`` for
-    ``mean``, ``1/sqrt(N)`` for ``signs``. Signs keep the variance too, and all of it is the mask's to steer: half of that
-    of a mix of N/2 adapters is a part that is the same whatever is chosen.
+    ``mean``, ``1/sqrt(N)`` for ``signs``. Signs keep the variance too, and all of it is the mask's to steer: half of
+    that of a mix of N/2 adapters is a part that is the same whatever is chosen.
 
     Shapes: booleans ``[..., N] -> [..., N]``.
     """
