@@ -5,50 +5,29 @@ is searched by validation accuracy with seed 0 on a ladder of half decades, from
 downwards until it gets worse; some tasks take over the rates that another one found. The test part is seen only by the
 rate that won. Finished trainings are kept as
 JSON lines in tests/benchmarks/results/ and never run again; ``--redraw`` only prints them, and ``--plots`` draws
-accuracy against bytes, and training loss against steps.
+accuracy against bytes and against steps, and training losses.
 """
 
 import argparse
-import json
-import statistics
 import tempfile
 from pathlib import Path
 
 import peft
 import torch
 import transformers
+from quality_cells import Cells, chosen
 from quality_lm import LM_METHODS, train_lm
 from quality_methods import GROUPS, METHODS
+from quality_report import markdown, report
 from quality_tasks import TASKS, base, load
-from rich.table import Table
-from timing import out, print_json, progress
+from timing import print_json, progress
 
 from peft_xmask import profile_size
 from peft_xmask.classify import TextClassifier, TrainSettings
 
-RESULTS = Path(__file__).resolve().parent / "results"
 HEAD_RATE = 1e-2
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 MARKS = 20  # parts of a training whose mean losses are kept, for learning curves
-
-
-class Cells:
-    """Finished trainings of one task, a JSON line each, in a file that only grows."""
-
-    def __init__(self, task):
-        self.task, self.path = task, RESULTS / f"quality-{task}.jsonl"
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
-        self.lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-
-    def find(self, **wanted):
-        wanted = {"steps": TASKS[self.task].steps, **wanted}
-        return [line for line in self.lines if all(line.get(name) == value for name, value in wanted.items())]
-
-    def keep(self, line):
-        self.lines.append(line)
-        RESULTS.mkdir(exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(line) + "\n")
 
 
 def methods_of(task):
@@ -93,10 +72,10 @@ def train(task, parts, called, rate, seed, better_than):
 
 def taken_over(task, name):
     """The rate that won in the task whose rates this one takes over."""
-    tried = [line for line in Cells(task).find(method=name, seed=0) if "test_accuracy" in line]
-    if not tried:
+    best = Cells(task).best(name)
+    if best is None:
         raise SystemExit(f"{name} has not been measured on {task}, whose learning rates are taken over. Do that first.")
-    return max(tried, key=lambda line: line["validation_accuracy"])["rate"]
+    return best["rate"]
 
 
 def search(cells, parts, name, tick):
@@ -146,41 +125,6 @@ def measure(task, methods, seeds):
                     bar.advance(entry)
 
 
-def chosen(task, methods, seeds):
-    """Lines of the rate that won, a list of seeds for each method that has all of them."""
-    cells, found = Cells(task), {}
-    for name in methods:
-        tried = [line for line in cells.find(method=name, seed=0) if "test_accuracy" in line]
-        if not tried:
-            continue
-        best = max(tried, key=lambda line: line["validation_accuracy"])
-        lines = [line for seed in range(seeds) for line in cells.find(method=name, rate=best["rate"], seed=seed)]
-        if len(lines) == seeds:
-            found[name] = lines
-    return found
-
-
-def report(task, methods, seeds):
-    """The table of a task, and its figures."""
-    about = TASKS[task]
-    what = f"{about.dataset}{', ' + about.domain if about.domain else ''}, head: {about.head}"
-    table = Table(title=f"{what}; {about.steps} steps of {about.batch_size}, {seeds} seeds")
-    for column in ("method", "payload", "rate", "validation", "test", "lowest", "highest"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    facts = {}
-    for name, lines in chosen(task, methods, seeds).items():
-        scores = [line["test_accuracy"] for line in lines]
-        validation = statistics.mean(line["validation_accuracy"] for line in lines)
-        facts[name] = {
-            "payload_bytes": lines[0]["payload_bytes"], "rate": lines[0]["rate"], "validation": round(validation, 4),
-            "test": round(statistics.mean(scores), 4), "seeds": scores,
-        }  # fmt: skip
-        numbers = f"{statistics.mean(scores):.3f}", f"{min(scores):.3f}", f"{max(scores):.3f}"
-        table.add_row(name, f"{lines[0]['payload_bytes']:,}", f"{lines[0]['rate']:g}", f"{validation:.3f}", *numbers)
-    out().print(table)
-    return facts
-
-
 def wanted(parser, task, words):
     """Methods of a task by their names and those of groups."""
     known = methods_of(task)
@@ -200,6 +144,8 @@ def main():
     parser.add_argument("--full", action="store_true", help="every task and method: days on two cores; resumes")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (1)")
     parser.add_argument("--redraw", action="store_true", help="print what has been measured, train nothing")
+    parser.add_argument("--markdown", action="store_true", help="print one Markdown table of all tasks as well")
+    parser.add_argument("--losses", action="store_true", help="with training losses in it")
     parser.add_argument("--plots", type=Path, help="folder for the plots, one of each kind for each task")
     options = parser.parse_args()
     if options.quick:
@@ -219,6 +165,8 @@ def main():
             from quality_plots import draw
 
             draw(options.plots, task, chosen(task, methods, options.seeds))
+    if options.markdown:
+        print(markdown(options.tasks, chosen_methods, options.seeds, options.losses))
     print_json({"benchmark": "quality", "peft": peft.__version__, "seeds": options.seeds, "tasks": facts})
 
 

@@ -138,7 +138,7 @@ METHODS = {
     "X-PEFT hard 392 x 12": k_hot(392, 12),
     "X-PEFT signs 96 x 50": xpeft(96, 50, mask_norm="signs", scale=0.1),
     "X-PEFT signs 392 x 12": xpeft(392, 12, mask_norm="signs", scale=0.1),
-    "X-PEFT signs 1568 x 3": xpeft(1568, 3, mask_norm="signs", scale=0.03),
+    "X-PEFT signs 1568 x 3": xpeft(1568, 3, mask_norm="signs", scale=0.03, search=False),
     "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, density=0.005), start=1e-2),
     "magnitude mask 1/256": Method(of(MagnitudeMaskConfig, density=1 / 256), start=1e-2),  # as many as SHiRA r=1
     "magnitude mask 0.5 %, largest": Method(of(MagnitudeMaskConfig, density=0.005, selection="largest"), start=1e-2),
@@ -151,27 +151,27 @@ METHODS = {
 }
 LEADS = {
     "scale": {
-        "scale 0.03": k_hot(scale=0.03),
-        "scale 0.1": k_hot(scale=0.1),
-        "scale 1": k_hot(scale=1.0),
+        "scale 0.03": k_hot(scale=0.03, search=False),
+        "scale 0.1": k_hot(scale=0.1, search=False),
+        "scale 1": k_hot(scale=1.0, search=False),
         "scale 3": k_hot(scale=3.0),
         "weights 1/k, scale 0.3": k_hot(mask_norm="mean"),
-        "weights 1/k, scale 10": k_hot(mask_norm="mean", scale=10.0),
+        "weights 1/k, scale 10": k_hot(mask_norm="mean", scale=10.0, search=False),
     },
     "gain": {
-        "no gain, scale 0.3": k_hot(learn_gain=False),
-        "no gain, scale 1": k_hot(learn_gain=False, scale=1.0),
+        "no gain, scale 0.3": k_hot(learn_gain=False, search=False),
+        "no gain, scale 1": k_hot(learn_gain=False, scale=1.0, search=False),
     },
     "estimator": {
         "softmax estimator": k_hot(estimator="softmax"),
         "sigmoid estimator": k_hot(estimator="sigmoid"),
-        "Gumbel noise 0.3": k_hot(gumbel_noise=0.3),
-        "Gumbel noise 1": k_hot(gumbel_noise=1.0),
+        "Gumbel noise 0.3": k_hot(gumbel_noise=0.3, search=False),
+        "Gumbel noise 1": k_hot(gumbel_noise=1.0, search=False),
     },
     "cut": {
         "25 x 192": k_hot(25, 192),
         "50 x 96": k_hot(50, 96),
-        "1600 x 3": k_hot(1600, 3),
+        "1600 x 3": k_hot(1600, 3, search=False),
     },
     "width": {
         "100 x 12": k_hot(100, 12),
@@ -188,11 +188,9 @@ LEADS = {
     },
     "place": {
         "attention output": k_hot(target_modules=ATTENTION_PATTERN, search=False),
-        "both outputs": k_hot(target_modules=BOTH_PATTERN, search=False),
         "both outputs, 48 x 48": k_hot(48, 48, target_modules=BOTH_PATTERN, search=False),
         "parallel": k_hot(insertion_form="parallel", search=False),
         "gelu": k_hot(activation="gelu", search=False),
-        "tanh": k_hot(activation="tanh", search=False),
         "identity": k_hot(activation="identity", search=False),
         "norm before activation": k_hot(layer_norm=True, search=False),
     },
@@ -203,13 +201,13 @@ LEADS = {
         "mean of 50 gradients": k_hot(optimizer=slow, search=False),
     },
     "signs": {
-        "signs, scale 0.3": xpeft(mask_norm="signs", scale=0.3),
+        "signs, scale 0.3": xpeft(mask_norm="signs", scale=0.3, search=False),
         "signs": xpeft(mask_norm="signs", scale=0.1),
-        "signs, 400 x 12": xpeft(400, 12, mask_norm="signs", scale=0.1),
-        "signs, 400 x 3": xpeft(400, 3, mask_norm="signs", scale=0.1),
+        "signs, 400 x 12": xpeft(400, 12, mask_norm="signs", scale=0.1, search=False),
+        "signs, 400 x 3": xpeft(400, 3, mask_norm="signs", scale=0.1, search=False),
         "signs, 1600 x 3": xpeft(1600, 3, mask_norm="signs", scale=0.03),
         "signs, query and value, 200 x 2": xpeft(200, 2, **SIGNS_QV),
-        "signs, query and value, 50 x 2": xpeft(50, 2, **SIGNS_QV),
+        "signs, query and value, 50 x 2": xpeft(50, 2, **SIGNS_QV, search=False),
     },
     "pool": {
         "uniform pool": xpeft_of(home_made, "uniform", mask_norm="variance", scale=0.3, search=False),

@@ -1,23 +1,31 @@
-"""Plots of the quality benchmark: accuracy against bytes, and training loss against steps."""
+"""Plots of the quality benchmark: accuracy against bytes, accuracy against steps, and training loss against steps."""
 
+import dataclasses
 import statistics
 
 import matplotlib
+from quality_cells import chosen as measured
+from quality_tasks import TASKS
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 
 def draw(folder, task, chosen):
-    """Write two SVG files for a task: ``quality-TASK-bytes.svg`` and ``quality-TASK-steps.svg``.
+    """Write ``quality-TASK-bytes.svg``, ``quality-TASK-loss.svg``, and ``quality-TASK-steps.svg`` if it was trained
+    for several numbers of steps.
 
     Args:
         chosen: lines of each method, one a seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, paint in (("bytes", against_bytes), ("steps", against_steps)):
+    relatives = {TASKS[name].steps: found for name in same_but_for_steps(task) if (found := measured(name, chosen, 3))}
+    paints = {"bytes": lambda axes: against_bytes(axes, chosen), "loss": lambda axes: losses(axes, chosen)}
+    if len(relatives) > 1:
+        paints["steps"] = lambda axes: against_steps(axes, relatives)
+    for kind, paint in paints.items():
         figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
-        paint(axes, chosen)
+        paint(axes)
         axes.grid(alpha=0.25)
         axes.set_title(task)
         figure.savefig(folder / f"quality-{task}-{kind}.svg", metadata={"Date": None})
@@ -41,7 +49,35 @@ def against_bytes(axes, chosen):
     axes.legend(loc="lower right", fontsize=7) if axes.get_legend_handles_labels()[0] else None
 
 
-def against_steps(axes, chosen):
+def same_but_for_steps(task):
+    """Names of tasks that differ from one in the number of steps, itself among them."""
+
+    def rest(name):
+        return dataclasses.replace(TASKS[name], steps=0, rates_from=None)
+
+    return [name for name in TASKS if rest(name) == rest(task)]
+
+
+def against_steps(axes, relatives):
+    """Mean test accuracy over seeds, and its range, of trainings of different lengths."""
+    for number, name in enumerate(dict.fromkeys(name for found in relatives.values() for name in found)):
+        steps = sorted(steps for steps, found in relatives.items() if name in found)
+        scores = [[line["test_accuracy"] for line in relatives[step][name]] for step in steps]
+        means = [statistics.mean(each) for each in scores]
+        reach = [
+            [m - min(s) for m, s in zip(means, scores, strict=True)],
+            [max(s) - m for m, s in zip(means, scores, strict=True)],
+        ]
+        axes.errorbar(steps, means, yerr=reach, marker="o", capsize=3, label=name, color=f"C{number % 10}")
+    axes.set_xscale("log")
+    axes.set_xticks(sorted(relatives), [str(steps) for steps in sorted(relatives)])
+    axes.minorticks_off()
+    axes.set_xlabel("steps of training")
+    axes.set_ylabel("test accuracy: mean and range over seeds")
+    axes.legend(loc="lower right", fontsize=7)
+
+
+def losses(axes, chosen):
     """Training loss, mean over seeds, of each part of the training."""
     for number, (name, lines) in enumerate(chosen.items()):
         means = [statistics.mean(values) for values in zip(*(line["losses"] for line in lines), strict=True)]

@@ -58,7 +58,7 @@ UNSEEN = {"car": "auto_and_commute", "home": "home", "work": "work"}
 TASKS = {
     "car": Task("clinc150", "model", 100, 16, UNSEEN["car"]),
     "car-25": Task("clinc150", "model", 25, 16, UNSEEN["car"]),
-    "car-400": Task("clinc150", "model", 400, 16, UNSEEN["car"]),
+    "car-400": Task("clinc150", "model", 400, 16, UNSEEN["car"], rates_from="car"),
     **{
         f"{task}{ending}": Task("clinc150", "model", steps, 16, UNSEEN[task], rates_from=f"car{ending}")
         for task in ("home", "work")
@@ -66,14 +66,17 @@ TASKS = {
     },
     "banking77": Task("banking77", "mean", 200, 16),
     "banking77-600": Task("banking77", "mean", 600, 16, rates_from="banking77"),
-    "banking77-few10": Task("banking77", "mean", 200, 16, shots=10),
-    "banking77-few5": Task("banking77", "mean", 200, 16, shots=5, rates_from="banking77-few10"),
-    "banking77-few50": Task("banking77", "mean", 200, 16, shots=50, rates_from="banking77-few10"),
-    "banking77-plain": Task("banking77", "model", 600, 16),
+    **{
+        f"banking77-few{shots}": Task("banking77", "mean", 200, 16, shots=shots, rates_from="banking77")
+        for shots in (5, 10, 50)
+    },
+    "banking77-plain": Task("banking77", "model", 200, 16),
+    "banking77-plain-800": Task("banking77", "model", 800, 16),
     "banking77-lm": Task("banking77", "lm", 200, 16),
     "clinc150": Task("clinc150", "mean", 200, 16, rates_from="banking77"),
     "clinc150-600": Task("clinc150", "mean", 600, 16, rates_from="banking77"),
-    "clinc150-plain": Task("clinc150", "model", 600, 16),
+    "clinc150-plain": Task("clinc150", "model", 200, 16, rates_from="banking77-plain"),
+    "clinc150-plain-800": Task("clinc150", "model", 800, 16, rates_from="banking77-plain-800"),
 }
 
 

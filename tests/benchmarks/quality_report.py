@@ -1,0 +1,82 @@
+"""Tables of the quality benchmark, drawn from its kept lines: on a screen, or in Markdown for the documentation."""
+
+import statistics
+
+from quality_cells import chosen
+from quality_tasks import TASKS
+from rich.table import Table
+from timing import out
+
+POOL_USERS = {"1": 1, "1k": 1_000, "1M": 1_000_000}
+"""Profiles among which a pool that has to be shipped is shared, for its bytes in the table."""
+
+
+def spread(scores):
+    """``mean (lowest-highest)``, three digits."""
+    return f"{statistics.mean(scores):.3f} ({min(scores):.3f}-{max(scores):.3f})"
+
+
+def tests(lines):
+    return [line["test_accuracy"] for line in lines]
+
+
+def end_loss(lines):
+    """Training loss of the last 15 % of the steps, in nats, mean over seeds."""
+    return statistics.mean(statistics.mean(line["losses"][-3:]) for line in lines if line["losses"])
+
+
+def facts(lines):
+    """What a method's lines say, for the JSON line."""
+    return {
+        "payload_bytes": lines[0]["payload_bytes"], "head_bytes": lines[0]["head_bytes"],
+        "pool_bytes": lines[0]["pool_bytes"], "rate": lines[0]["rate"],
+        "validation": round(statistics.mean(line["validation_accuracy"] for line in lines), 4),
+        "test": round(statistics.mean(tests(lines)), 4), "seeds": tests(lines), "loss": round(end_loss(lines), 3),
+    }  # fmt: skip
+
+
+def report(task, methods, seeds):
+    """Print the table of a task; its figures."""
+    about = TASKS[task]
+    what = f"{task}: {about.dataset}{', ' + about.domain if about.domain else ''}, head: {about.head}"
+    table = Table(title=f"{what}; {about.steps} steps of {about.batch_size}, {seeds} seeds")
+    shared = [f"+pool/{count}" for count in POOL_USERS]
+    for column in ("method", "payload", "+head", *shared, "rate", "loss", "validation", "test", "lowest", "highest"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    found = {}
+    for name, lines in chosen(task, methods, seeds).items():
+        fact = found[name] = facts(lines)
+        payload, pool = fact["payload_bytes"], fact["pool_bytes"]
+        with_pool = [f"{payload + pool / count:,.0f}" if pool else "" for count in POOL_USERS.values()]
+        scores = fact["test"], min(fact["seeds"]), max(fact["seeds"])
+        table.add_row(
+            name, f"{payload:,}", f"{payload + fact['head_bytes']:,}", *with_pool, f"{fact['rate']:g}",
+            f"{fact['loss']:.2f}", *(f"{number:.3f}" for number in (fact["validation"], *scores)),
+        )  # fmt: skip
+    out().print(table)
+    return found
+
+
+def markdown(tasks, methods, seeds, losses=False):
+    """A Markdown table of several tasks: a row a method, ``mean (lowest-highest)`` of test accuracy a column.
+
+    Args:
+        methods: by task.
+        losses: whether a column has the training loss at the end, in nats.
+    """
+    found = {task: chosen(task, methods[task], seeds) for task in tasks}
+    names = list(dict.fromkeys(name for task in tasks for name in methods[task]))
+    columns = [column for task in tasks for column in ([task, f"{task}: loss"] if losses else [task])]
+    rows = [f"| method | bytes | {' | '.join(columns)} |", f"| --- | --: |{' --: |' * len(columns)}"]
+    for name in names:
+        lines = {task: found[task].get(name) for task in tasks}
+        measured = [part for part in lines.values() if part]
+        if not measured:
+            continue
+        cells = []
+        for part in lines.values():
+            cells.append(spread(tests(part)) if part else "")
+            if losses:
+                cells.append(f"{end_loss(part):.2f}" if part else "")
+        rows.append(f"| {name} | {measured[0][0]['payload_bytes']:,} | {' | '.join(cells)} |")
+    return "\n".join(rows)
