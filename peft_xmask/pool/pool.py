@@ -248,7 +248,7 @@ class AdapterPool:
 
     @property
     def mask_norm(self) -> str:
-        """How masks over this pool are normalised by default: ``"variance"`` (random) or ``"mean"`` (trained)."""
+        """How masks over this pool are normalised by default: ``"signs"`` (random) or ``"mean"`` (trained)."""
         return self._adapters.mask_norm
 
     @property

@@ -58,7 +58,7 @@ class RandomAdapters:
     dtype: torch.dtype = torch.float32
 
     kind = "random"
-    mask_norm = "variance"
+    mask_norm = "signs"
     insertion_form = None
     activation = None
     layer_norm = None

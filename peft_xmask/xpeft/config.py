@@ -18,8 +18,10 @@ from .spec import MaskSpec
 XPEFT = peft_type("XPEFT")
 
 MASK_TYPES = ("hard", "soft")
-DEFAULT_SCALE = {"random": 0.3}
-"""Gain by kind of pool; 1.0 for the kinds that are not named."""
+TRAINED_SCALE = 1.0
+RANDOM_SCALE = 0.3
+STEERABLE = 40.0
+"""Over a random pool the gain is ``STEERABLE / N`` if that is below ``RANDOM_SCALE``."""
 
 
 @dataclass
@@ -38,15 +40,15 @@ class XPEFTConfig(SiteConfig):
         pool_dtype: what a random pool is held in: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         mask_type: ``"hard"``: exactly ``top_k`` of N, one bit each; ``"soft"``: softmax weights, two bytes each.
         top_k: adapters in a hard mask; None: ``max(1, N // 2)``.
-        scale: the gain g, or where it starts. None: 0.3 for a random pool, whose output then starts at a few tenths of
-            the module's own; 1.0 for a trained pool.
+        scale: the gain g, or where it starts. None: ``min(0.3, 40 / N)`` for a random pool, whose output then starts at
+            a few tenths of the module's own, and lower where many masks can steer it far; 1.0 for a trained pool.
         num_profiles: P, rows of the mask table.
         learn_gain: whether g is trained: one half-precision number per site and profile. It forgives a scale that does
             not suit the base; docs/xpeft.md has what it was worth.
         mask_norm: ``"variance"``: the weights of a mask have unit 2-norm, which keeps the variance of a mix of
             independent adapters at that of one; ``"mean"``: unit sum; ``"signs"``: of a hard mask, what is chosen is
-            added and the rest subtracted, with unit 2-norm again. None: ``"variance"`` for a random pool, ``"mean"``
-            for a trained one.
+            added and the rest subtracted, with unit 2-norm again. None: ``"mean"`` for a trained pool; for a random one
+            ``"signs"``, or ``"variance"`` if masks are soft.
         estimator: gradient of a hard mask: ``"identity"``, ``"softmax"`` or ``"sigmoid"``, see
             :func:`peft_xmask.functional.hard_mask`.
         temperature: of the softmax or of the estimator's stand-in.
@@ -129,9 +131,11 @@ class XPEFTConfig(SiteConfig):
             self.top_k = max(1, self.num_adapters // 2)
         self._check_top_k()
         if self.scale is None:
-            self.scale = DEFAULT_SCALE.get(pool.kind, 1.0)
+            self.scale = min(RANDOM_SCALE, STEERABLE / self.num_adapters) if pool.kind == "random" else TRAINED_SCALE
         if self.mask_norm is None:
             self.mask_norm = pool.mask_norm
+            if self.mask_norm == "signs" and self.mask_type == "soft":
+                self.mask_norm = "variance"
         return pool
 
     def to_dict(self) -> dict[str, Any]:

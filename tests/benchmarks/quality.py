@@ -16,7 +16,8 @@ import peft
 import torch
 import transformers
 from quality_cells import Cells, chosen
-from quality_lm import LM_METHODS, train_lm
+from quality_choice import methods_of, wanted
+from quality_lm import train_lm
 from quality_methods import GROUPS, METHODS
 from quality_report import markdown, report
 from quality_tasks import TASKS, base, load
@@ -28,10 +29,6 @@ from peft_xmask.classify import TextClassifier, TrainSettings
 HEAD_RATE = 1e-2
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 MARKS = 20  # parts of a training whose mean losses are kept, for learning curves
-
-
-def methods_of(task):
-    return LM_METHODS if TASKS[task].head == "lm" else METHODS
 
 
 def train(task, parts, called, rate, seed, better_than):
@@ -58,10 +55,11 @@ def train(task, parts, called, rate, seed, better_than):
     with tempfile.TemporaryDirectory() as folder:
         classifier.save(folder)
         size = profile_size(folder)
+    payload = 4 * own if method.saves_more or not size.payload_bytes else size.payload_bytes
     validation = round(classifier.evaluate(parts.validation).accuracy, 4)
     line = {
         "steps": task.steps, "method": called, "rate": rate, "seed": seed, "trained": own,
-        "payload_bytes": size.payload_bytes or 4 * own, "head_bytes": size.head_bytes, "pool_bytes": size.pool_bytes,
+        "payload_bytes": payload, "head_bytes": size.head_bytes, "pool_bytes": size.pool_bytes,
         "losses": [round(float(part.mean()), 4) for part in torch.stack(losses).chunk(MARKS)],
         "validation_accuracy": validation,
     }  # fmt: skip
@@ -125,16 +123,6 @@ def measure(task, methods, seeds):
                     bar.advance(entry)
 
 
-def wanted(parser, task, words):
-    """Methods of a task by their names and those of groups."""
-    known = methods_of(task)
-    groups = {name: [m for m in group if m in known] for name, group in GROUPS.items()} | {"all": list(known)}
-    methods = list(dict.fromkeys(name for word in words for name in groups.get(word, [word])))
-    if unknown := [name for name in methods if name not in known]:
-        parser.error(f"{task}: no such method: {', '.join(unknown)}. Expected: {', '.join([*groups, *known])}")
-    return methods
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["car"], choices=list(TASKS))
@@ -152,7 +140,10 @@ def main():
         options.tasks, options.methods, options.seeds = ["car"], ["few"], 1
     if options.full:
         options.tasks, options.methods = list(TASKS), ["all"]
-    chosen_methods = {task: wanted(parser, task, options.methods) for task in options.tasks}
+    try:
+        chosen_methods = {task: wanted(task, options.methods) for task in options.tasks}
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

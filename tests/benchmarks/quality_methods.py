@@ -11,6 +11,7 @@ from peft import (
     LoraConfig,
     PeanutConfig,
     PeftConfig,
+    PolyConfig,
     ShiraConfig,
     SupertuningConfig,
     UniLoraConfig,
@@ -41,6 +42,18 @@ def train_ffn_biases(model):
             parameter.requires_grad_(True)
 
 
+def route_only(model):
+    """Freeze Poly's library of skills, which is shared, and make every example one of its only task."""
+    for name, parameter in model.named_parameters():
+        if ".poly_lora_" in name:
+            parameter.requires_grad_(False)
+
+    def name_task(model, arguments, named):
+        return arguments, {**named, "task_ids": torch.zeros(len(named["input_ids"]), dtype=torch.long)}
+
+    model.register_forward_pre_hook(name_task, with_kwargs=True)
+
+
 @dataclass(frozen=True)
 class Method:
     """How a method is put on the base.
@@ -52,6 +65,7 @@ class Method:
         prepare: what is done to the model beside it.
         optimizer: makes it from the head's group of parameters and the method's.
         search: whether the rate is searched; if not, it is ``start``.
+        saves_more: whether its file has frozen numbers, which are no part of a profile, beside what is trained.
     """
 
     config: Callable[[], PeftConfig]
@@ -60,6 +74,7 @@ class Method:
     prepare: Callable[[object], None] = field(default=nothing)
     optimizer: MakesOptimizer = adamw
     search: bool = True
+    saves_more: bool = False
 
 
 def of(kind, task_type="SEQ_CLS", **settings):
@@ -120,6 +135,12 @@ METHODS = {
     "VB-LoRA": Method(
         of(VBLoRAConfig, target_modules=["query", "value"], vector_length=64, save_only_topk_weights=True), start=1e-2
     ),
+    "Poly, routing only, 100 skills": Method(
+        of(PolyConfig, **QV, r=2, n_tasks=1, n_skills=100, n_splits=1, init_weights=False),
+        start=0.1,
+        prepare=route_only,
+        saves_more=True,
+    ),
     "Uni-LoRA d=256": Method(of(UniLoraConfig, **QV), start=1e-2),
     "LoRA r=1": Method(of(LoraConfig, r=1, lora_alpha=2), start=1e-2),
     "LoRA r=8": Method(of(LoraConfig, r=8, lora_alpha=16), start=1e-2),
@@ -154,8 +175,8 @@ LEADS = {
         "scale 0.03": k_hot(scale=0.03, search=False),
         "scale 0.1": k_hot(scale=0.1, search=False),
         "scale 1": k_hot(scale=1.0, search=False),
-        "scale 3": k_hot(scale=3.0),
-        "weights 1/k, scale 0.3": k_hot(mask_norm="mean"),
+        "scale 3": k_hot(scale=3.0, search=False),
+        "weights 1/k, scale 0.3": k_hot(mask_norm="mean", search=False),
         "weights 1/k, scale 10": k_hot(mask_norm="mean", scale=10.0, search=False),
     },
     "gain": {
@@ -197,7 +218,7 @@ LEADS = {
     "optimiser": {
         "decay 1": k_hot(optimizer=decaying(1.0), search=False),
         "decay 3": k_hot(optimizer=decaying(3.0), search=False),
-        "sign steps": k_hot(optimizer=sign_steps),
+        "sign steps": k_hot(optimizer=sign_steps, search=False),
         "mean of 50 gradients": k_hot(optimizer=slow, search=False),
     },
     "signs": {
@@ -240,6 +261,7 @@ GROUPS = {
         "head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "X-PEFT signs 96 x 50", "X-PEFT signs 392 x 12",
         "X-PEFT signs 1568 x 3", "X-PEFT soft 100 x 48", "LoRA r=1", "LoRA r=8",
         "bottleneck b=48", "IA3", "LN tuning", "BitFit, FFN", "Uni-LoRA d=256", "VeRA r=256", "VB-LoRA",
+        "Poly, routing only, 100 skills",
     ],
     "few": ["head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "LoRA r=8", "bottleneck b=48"],
     **{f"lead-{lead}": [f"X-PEFT, {name}" for name in names] for lead, names in LEADS.items()},

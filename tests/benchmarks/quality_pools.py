@@ -20,7 +20,7 @@ from peft_xmask.classify import TextClassifier, TrainSettings
 KEPT = Path(tempfile.gettempdir()) / "peft_xmask-quality-pools"
 SIZE, WIDTH = 100, 48
 STD = 0.1
-SEEDS = 4  # adapters of each seen domain
+ADAPTER_SEEDS, LORA_SEEDS = 4, 2  # adapters of each seen domain
 
 
 def pool_in(name, adapters):
@@ -90,17 +90,17 @@ def draw(parameter, kind, generator):
 def trained_adapters(width):
     """Bottleneck adapters of the seven seen domains, four seeds each: 28 of them."""
     config = functools.partial(BottleneckConfig, bottleneck_size=width)
-    return pool_in(f"bottleneck-{width}", lambda folder: trained_on_others(folder, config, 3e-3))
+    return pool_in(f"bottleneck-{width}", lambda folder: trained_on_others(folder, config, 3e-3, ADAPTER_SEEDS))
 
 
 @functools.cache
 def trained_loras(rank):
-    """LoRAs of the seven seen domains, at the same modules as X-PEFT, four seeds each."""
+    """LoRAs of the seven seen domains, at the same modules as X-PEFT, two seeds each."""
     config = functools.partial(LoraConfig, r=rank, lora_alpha=2 * rank, target_modules=r".*\.layer\.\d+\.output\.dense")
-    return pool_in(f"lora-{rank}", lambda folder: trained_on_others(folder, config, 1e-2))
+    return pool_in(f"lora-{rank}", lambda folder: trained_on_others(folder, config, 1e-2, LORA_SEEDS))
 
 
-def trained_on_others(folder, config, rate):
+def trained_on_others(folder, config, rate, seeds):
     """Folders of adapters, trained as the tasks of the unseen domains are."""
     names = json.loads((DATA / "clinc150" / "domains.json").read_text(encoding="utf-8"))
     steps, batch_size = TASKS["car"].steps, TASKS["car"].batch_size
@@ -109,7 +109,7 @@ def trained_on_others(folder, config, rate):
         if domain in UNSEEN.values():
             continue
         parts = load(Task("clinc150", "model", steps, batch_size, domain))
-        for seed in range(SEEDS):
+        for seed in range(seeds):
             settings = TrainSettings(
                 max_steps=steps, batch_size=batch_size, learning_rate=rate, head_learning_rate=1e-2, seed=seed
             )

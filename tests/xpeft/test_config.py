@@ -59,3 +59,19 @@ def test_an_unknown_architecture_says_what_to_pass():
     with pytest.raises(TargetError, match="Pass target_modules") as caught:
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), XPEFTConfig())
     assert "llama" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "norm", "scale"),
+    [
+        ({}, "signs", 0.3),
+        ({"num_adapters": 400}, "signs", 0.1),
+        ({"num_adapters": 1600}, "signs", 0.025),
+        ({"mask_type": "soft"}, "variance", 0.3),
+        ({"mask_norm": "variance", "scale": 0.5}, "variance", 0.5),
+    ],
+)
+def test_what_is_left_open_follows_from_the_pool(fields: dict, norm: str, scale: float):
+    config = XPEFTConfig(**fields)
+    config.resolve_pool()
+    assert (config.mask_norm, config.scale, config.top_k) == (norm, scale, config.num_adapters // 2)

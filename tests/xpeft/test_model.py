@@ -33,10 +33,11 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def test_the_mixed_adapter_is_what_the_paper_says(tiny_bert, tiny_batch):
+@pytest.mark.parametrize(("norm", "chosen", "rest"), [("variance", 5**-0.5, 0.0), ("signs", 20**-0.5, -(20**-0.5))])
+def test_the_mixed_adapter_is_what_the_paper_says(norm, chosen, rest, tiny_bert, tiny_batch):
     """By hand, at one site: ``y + B act(A y)`` with ``A = sum m_A A_i`` and ``B = g sum m_B B_i``."""
     base = tiny_bert()
-    model = get_peft_model(base, xpeft(layers_to_transform=[2], top_k=5)).eval()
+    model = get_peft_model(base, xpeft(layers_to_transform=[2], top_k=5, mask_norm=norm)).eval()
     layer = model.base_model.model.bert.encoder.layer[2].output.dense
     seen = {}
     layer.base_layer.register_forward_hook(lambda module, args, out: seen.update(y=out))
@@ -45,8 +46,9 @@ def test_the_mixed_adapter_is_what_the_paper_says(tiny_bert, tiny_batch):
     table = model.base_model.table
     logits = table.xpeft_logits["default"].weight.view(2, 20)
     pool = layer.xpeft_sites["default"].pool
+    weights = torch.full_like(logits, rest).scatter_(1, logits.topk(5).indices, chosen)
     down, up = (
-        sum(matrices[i] for i in logits[which].topk(5).indices.tolist()) / 5**0.5
+        sum(weight * matrix for weight, matrix in zip(weights[which], matrices, strict=True))
         for which, matrices in enumerate((pool.down, pool.up))
     )
     y = seen["y"]

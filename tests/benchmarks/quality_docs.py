@@ -1,0 +1,54 @@
+"""Draws the tables of the documentation from the kept lines of the quality benchmark.
+
+A table follows a comment that says which it is: ``<!-- quality.py --tasks TASK ... --methods METHOD ... -->``, with
+``--losses`` if it has them. With ``--check`` nothing is written, and the exit status is 1 if a table is not what the
+lines say.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from quality_choice import wanted
+from quality_report import markdown
+
+TABLE = re.compile(r"<!-- quality\.py (?P<said>[^>]*?) -->\n\n(?P<table>(?:\|.*\n)*)")
+
+
+def drawn(said):
+    """The table that a comment asks for."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--tasks", nargs="+", required=True)
+    parser.add_argument("--methods", nargs="+", required=True)
+    parser.add_argument("--losses", action="store_true")
+    asked = parser.parse_args(shlex.split(said))
+    methods = {task: wanted(task, asked.methods) for task in asked.tasks}
+    return markdown(asked.tasks, methods, 3, asked.losses) + "\n"
+
+
+def redraw(text):
+    """The text with its tables drawn anew."""
+    return TABLE.sub(lambda found: f"<!-- quality.py {found['said']} -->\n\n{drawn(found['said'])}", text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="+", type=Path)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is not what the lines say")
+    options = parser.parse_args()
+    stale = 0
+    for page in options.pages:
+        text = page.read_text(encoding="utf-8")
+        again = redraw(text)
+        stale += again != text
+        state = "as the lines say" if again == text else "not as the lines say"
+        print(f"{page}: {len(TABLE.findall(text))} tables, {state}")
+        if not options.check:
+            page.write_text(again, encoding="utf-8")
+    sys.exit(1 if options.check and stale else 0)
+
+
+if __name__ == "__main__":
+    main()
