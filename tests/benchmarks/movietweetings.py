@@ -205,7 +205,10 @@ def run(method, rate, seed, options, tail, data):
             tail = model.unload()
     else:
         number = int(method.partition("=")[2])
-        config = XPEFTConfig(target_modules=SITES, num_adapters=number, bottleneck_size=2400 // number, pool_seed=seed)
+        config = XPEFTConfig(
+            target_modules=SITES, num_adapters=number, bottleneck_size=2400 // number, pool_seed=seed,
+            mask_norm="variance", scale=0.3,
+        )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(
                 output_dir=folder, num_train_epochs=options.epochs, per_device_train_batch_size=32, learning_rate=1e-2,

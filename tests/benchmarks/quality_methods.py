@@ -86,13 +86,13 @@ def xpeft(num_adapters=100, bottleneck_size=48, *, start=0.1, optimizer=adamw, s
     return Method(made, start=start, masks=True, optimizer=optimizer, search=search)
 
 
-def xpeft_of(pool, *arguments, search=True, **settings):
+def xpeft_of(pool, *arguments, start=0.1, search=True, **settings):
     """X-PEFT over a pool that is made when it is first wanted."""
 
     def made():
         return XPEFTConfig(task_type="SEQ_CLS", pool=pool(*arguments), **settings)
 
-    return Method(made, start=0.1, masks=True, search=search)
+    return Method(made, start=start, masks=True, search=search)
 
 
 def k_hot(*sizes, **settings):
@@ -238,6 +238,8 @@ LEADS = {
         "trained pool": xpeft_of(trained_adapters, 48),
         "trained pool, variance": xpeft_of(trained_adapters, 48, mask_norm="variance", scale=0.3, search=False),
         "trained pool, soft": xpeft_of(trained_adapters, 48, mask_type="soft", search=False),
+        "trained pool, scale 2": xpeft_of(trained_adapters, 48, scale=2.0, start=0.3, search=False),
+        "trained pool, scale 4": xpeft_of(trained_adapters, 48, scale=4.0, start=0.3, search=False),
         "trained pool, signs": xpeft_of(trained_adapters, 48, mask_norm="signs", scale=0.3, search=False),
         "LoRA pool": xpeft_of(trained_loras, 8, insertion_form="parallel", activation="identity", search=False),
     },
