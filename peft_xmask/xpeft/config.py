@@ -18,7 +18,8 @@ from .spec import MaskSpec
 XPEFT = peft_type("XPEFT")
 
 MASK_TYPES = ("hard", "soft")
-TRAINED_SCALE = 1.0
+AVERAGE_SCALE = 2.0
+"""Gain over a trained pool, where several adapters are averaged; 1.0 where one is chosen, which is then itself."""
 RANDOM_SCALE = 0.3
 STEERABLE = 40.0
 """Over a random pool the gain is ``STEERABLE / N`` if that is below ``RANDOM_SCALE``."""
@@ -41,7 +42,8 @@ class XPEFTConfig(SiteConfig):
         mask_type: ``"hard"``: exactly ``top_k`` of N, one bit each; ``"soft"``: softmax weights, two bytes each.
         top_k: adapters in a hard mask; None: ``max(1, N // 2)``.
         scale: the gain g, or where it starts. None: ``min(0.3, 40 / N)`` for a random pool, whose output then starts at
-            a few tenths of the module's own, and lower where many masks can steer it far; 1.0 for a trained pool.
+            a few tenths of the module's own, and lower where many masks can steer it far; 2.0 for a trained pool, since
+            an average is smaller than what it is of, and 1.0 if one adapter is chosen.
         num_profiles: P, rows of the mask table.
         learn_gain: whether g is trained: one half-precision number per site and profile. It forgives a scale that does
             not suit the base; docs/xpeft.md has what it was worth.
@@ -131,7 +133,10 @@ class XPEFTConfig(SiteConfig):
             self.top_k = max(1, self.num_adapters // 2)
         self._check_top_k()
         if self.scale is None:
-            self.scale = min(RANDOM_SCALE, STEERABLE / self.num_adapters) if pool.kind == "random" else TRAINED_SCALE
+            if pool.kind == "random":
+                self.scale = min(RANDOM_SCALE, STEERABLE / self.num_adapters)
+            else:
+                self.scale = 1.0 if self.top_k == 1 else AVERAGE_SCALE
         if self.mask_norm is None:
             self.mask_norm = pool.mask_norm
             if self.mask_norm == "signs" and self.mask_type == "soft":

@@ -235,13 +235,15 @@ LEADS = {
         "orthogonal pool": xpeft_of(home_made, "orthogonal", mask_norm="variance", scale=0.3, search=False),
         "antithetic pool": xpeft_of(home_made, "antithetic", mask_norm="variance", scale=0.3, search=False),
         "centred pool": xpeft_of(home_made, "centred", mask_norm="variance", scale=0.3, search=False),
-        "trained pool": xpeft_of(trained_adapters, 48),
+        "trained pool": xpeft_of(trained_adapters, 48, scale=1.0),
         "trained pool, variance": xpeft_of(trained_adapters, 48, mask_norm="variance", scale=0.3, search=False),
-        "trained pool, soft": xpeft_of(trained_adapters, 48, mask_type="soft", search=False),
+        "trained pool, soft": xpeft_of(trained_adapters, 48, mask_type="soft", scale=1.0, search=False),
         "trained pool, scale 2": xpeft_of(trained_adapters, 48, scale=2.0, start=0.3, search=False),
         "trained pool, scale 4": xpeft_of(trained_adapters, 48, scale=4.0, start=0.3, search=False),
         "trained pool, signs": xpeft_of(trained_adapters, 48, mask_norm="signs", scale=0.3, search=False),
-        "LoRA pool": xpeft_of(trained_loras, 8, insertion_form="parallel", activation="identity", search=False),
+        "LoRA pool, scale 2": xpeft_of(
+            trained_loras, 8, insertion_form="parallel", activation="identity", scale=2.0, start=0.3, search=False
+        ),
     },
 }
 """Of X-PEFT, 100 x 48 and hard unless they say otherwise: a line of the study each."""

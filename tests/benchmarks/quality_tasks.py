@@ -71,7 +71,7 @@ TASKS = {
         for shots in (5, 10, 50)
     },
     "banking77-plain": Task("banking77", "model", 200, 16),
-    "banking77-plain-800": Task("banking77", "model", 800, 16),
+    "banking77-plain-800": Task("banking77", "model", 800, 16, rates_from="banking77-plain"),
     "banking77-lm": Task("banking77", "lm", 200, 16),
     "clinc150": Task("clinc150", "mean", 200, 16, rates_from="banking77"),
     "clinc150-600": Task("clinc150", "mean", 600, 16, rates_from="banking77"),

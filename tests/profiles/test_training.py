@@ -93,7 +93,11 @@ def test_new_profiles_join_a_bank_and_leave_the_others_alone(first, tmp_path):
     bank = ProfileBank.from_pretrained(tmp_path / "bank")
     newcomers = taught.examples(5, {"dan": 4, "eve": 14})
     joined = train_profiles(
-        taught.base(), newcomers, bank=bank, args=taught.arguments(tmp_path / "more"), progress=False
+        taught.base(),
+        newcomers,
+        bank=bank,
+        args=taught.arguments(tmp_path / "more", num_train_epochs=12),
+        progress=False,
     )
     assert list(joined) == [*taught.COUNTS, "dan", "eve"]
     assert list(joined.metrics) == ["dan", "eve"]
