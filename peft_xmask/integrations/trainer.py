@@ -39,8 +39,8 @@ class XPEFTCallback(RecordCallback):
 
     Args:
         mask_learning_rate: of the logits, in force when the Trainer's learning rate is at its peak; it follows the same
-            schedule. Works through ``logit_scale``, and so is exact for Adam-like optimizers. None: leave it to the
-            config.
+            schedule. Works through ``logit_scale``, and so is exact for Adam-like optimizers. 0.1 won most often in the
+            searches of docs/study.md. None: leave it to the config.
         temperature: start and end of a geometric annealing over the run; None: the config's, constant.
         resume_from: folder of the checkpoint, where it is not ``output_dir/checkpoint-<step>`` or
             ``args.resume_from_checkpoint``.

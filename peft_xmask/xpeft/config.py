@@ -60,7 +60,8 @@ class XPEFTConfig(SiteConfig):
             :class:`~peft_xmask.XPEFTCallback` sets it from a learning rate of its own.
         pool_fingerprint: of the pool; recorded when the adapter is made, checked when it is loaded.
 
-    The other fields are those of :class:`peft_xmask.config.SiteConfig`.
+    The other fields are those of :class:`peft_xmask.config.SiteConfig`. What decided each default is in docs/study.md,
+    under "Defaults".
 
     Raises:
         ConfigError: a value that is not one of those above.

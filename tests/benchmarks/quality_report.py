@@ -58,7 +58,7 @@ def report(task, methods, seeds):
 
 
 def markdown(tasks, methods, seeds, losses=False):
-    """A Markdown table of several tasks: a row a method, ``mean (lowest-highest)`` of test accuracy a column.
+    """A Markdown table: a row a method, by bytes; a column a task, with ``mean (lowest-highest)`` of test accuracy.
 
     Args:
         methods: by task.
@@ -68,15 +68,14 @@ def markdown(tasks, methods, seeds, losses=False):
     names = list(dict.fromkeys(name for task in tasks for name in methods[task]))
     columns = [column for task in tasks for column in ([task, f"{task}: loss"] if losses else [task])]
     rows = [f"| method | bytes | {' | '.join(columns)} |", f"| --- | --: |{' --: |' * len(columns)}"]
-    for name in names:
+    measured = {name: [found[task][name] for task in tasks if name in found[task]] for name in names}
+    sizes = {name: parts[0][0]["payload_bytes"] for name, parts in measured.items() if parts}
+    for name in sorted(sizes, key=sizes.get):
         lines = {task: found[task].get(name) for task in tasks}
-        measured = [part for part in lines.values() if part]
-        if not measured:
-            continue
         cells = []
         for part in lines.values():
             cells.append(spread(tests(part)) if part else "")
             if losses:
                 cells.append(f"{end_loss(part):.2f}" if part else "")
-        rows.append(f"| {name} | {measured[0][0]['payload_bytes']:,} | {' | '.join(cells)} |")
+        rows.append(f"| {name} | {sizes[name]:,} | {' | '.join(cells)} |")
     return "\n".join(rows)
