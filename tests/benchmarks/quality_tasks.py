@@ -76,7 +76,7 @@ TASKS = {
     "clinc150": Task("clinc150", "mean", 200, 16, rates_from="banking77"),
     "clinc150-600": Task("clinc150", "mean", 600, 16, rates_from="banking77"),
     "clinc150-plain": Task("clinc150", "model", 200, 16, rates_from="banking77-plain"),
-    "clinc150-plain-800": Task("clinc150", "model", 800, 16, rates_from="banking77-plain-800"),
+    "clinc150-plain-400": Task("clinc150", "model", 400, 16, rates_from="banking77-plain"),
 }
 
 
