@@ -81,7 +81,7 @@ METHODS = [
     Method(
         "xpeft-identity",
         XPEFTConfig,
-        {**XPEFT, "activation": "identity", "mask_norm": "signs"},
+        {**XPEFT, "activation": "identity", "mask_norm": "variance"},
         "xpeft_",
         linear=True,
         **MASKS,
