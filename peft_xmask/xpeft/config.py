@@ -46,7 +46,7 @@ class XPEFTConfig(SiteConfig):
             an average is smaller than what it is of, and 1.0 if one adapter is chosen.
         num_profiles: P, rows of the mask table.
         learn_gain: whether g is trained: one half-precision number per site and profile. It forgives a scale that does
-            not suit the base; docs/xpeft.md has what it was worth.
+            not suit the base.
         mask_norm: ``"variance"``: the weights of a mask have unit 2-norm, which keeps the variance of a mix of
             independent adapters at that of one; ``"mean"``: unit sum; ``"signs"``: of a hard mask, what is chosen is
             added and the rest subtracted, with unit 2-norm again. None: ``"mean"`` for a trained pool; for a random one

@@ -34,7 +34,7 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("norm", "chosen", "rest"), [("variance", 5**-0.5, 0.0), ("signs", 20**-0.5, -(20**-0.5))])
-def test_the_mixed_adapter_is_what_the_paper_says(norm, chosen, rest, tiny_bert, tiny_batch):
+def test_the_mixed_adapter_is_the_weighted_sum_of_matrices(norm, chosen, rest, tiny_bert, tiny_batch):
     """By hand, at one site: ``y + B act(A y)`` with ``A = sum m_A A_i`` and ``B = g sum m_B B_i``."""
     base = tiny_bert()
     model = get_peft_model(base, xpeft(layers_to_transform=[2], top_k=5, mask_norm=norm)).eval()
