@@ -97,9 +97,10 @@ def _run(base: Path, folder: Path, steps: int, seed: int) -> bool:
 
 
 def _train(method: str, base: Path, corpus: Corpus, folder: Path, *, steps: int, seed: int) -> tuple[Row, list[int]]:
-    from ..classify import TextClassifier, TrainSettings
+    from ..classify import TextClassifier
     from ..methods import HEAD_LEARNING_RATE, LEARNING_RATES, method_config
     from ..size import profile_size
+    from ..train_settings import TrainSettings
 
     classifier = TextClassifier.create(
         base, corpus.label_names, method_config(method), max_length=MAX_LENGTH, seed=seed

@@ -89,8 +89,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
 ) -> None:
     """Train an adapter and a head to classify texts; write a plain PEFT adapter folder."""
-    from ..classify import TextClassifier, TrainSettings
+    from ..classify import TextClassifier
     from ..methods import LEARNING_RATES, method_config
+    from ..train_settings import TrainSettings
 
     folder = new_folder(out, "adapter_config.json")
     settings = TrainSettings(

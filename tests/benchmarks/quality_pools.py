@@ -15,7 +15,8 @@ from quality_tasks import DATA, TASKS, UNSEEN, Task, base, load
 from transformers import AutoModel
 
 from peft_xmask import AdapterPool, BottleneckConfig
-from peft_xmask.classify import TextClassifier, TrainSettings
+from peft_xmask.classify import TextClassifier
+from peft_xmask.train_settings import TrainSettings
 
 KEPT = Path(tempfile.gettempdir()) / "peft_xmask-quality-pools"
 SIZE, WIDTH = 100, 48
