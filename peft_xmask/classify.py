@@ -281,7 +281,7 @@ def _training_arguments(settings: TrainSettings, folder: str) -> TrainingArgumen
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        warmup_steps=0.06,
+        warmup_steps=settings.warmup,
         save_strategy="steps" if settings.checkpoint_every else "no",
         save_steps=settings.checkpoint_every or 1,
         save_total_limit=1,

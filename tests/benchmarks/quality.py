@@ -43,6 +43,7 @@ def train(task, parts, called, rate, seed, better_than):
         learning_rate=1e-2 if method.masks else rate,
         head_learning_rate=HEAD_RATE,
         mask_learning_rate=rate if method.masks else 0.1,
+        warmup=method.warmup,
         seed=seed,
     )
     classifier = TextClassifier.create(base(), parts.labels, method.config(), pooling=task.head, seed=seed)

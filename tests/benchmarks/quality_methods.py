@@ -1,7 +1,7 @@
 """The methods of the quality benchmark: a PEFT config each, and the learning rate at which the search starts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from peft import (
@@ -19,7 +19,7 @@ from peft import (
     VeraConfig,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from quality_pools import home_made, trained_adapters, trained_loras
+from quality_pools import cut_adapters, home_made, principal_adapters, trained_adapters, trained_loras
 
 from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
 from peft_xmask.classify import MakesOptimizer, adamw
@@ -64,6 +64,7 @@ class Method:
         masks: whether the learning rate that is searched is that of X-PEFT's masks.
         prepare: what is done to the model beside it.
         optimizer: makes it from the head's group of parameters and the method's.
+        warmup: share of the steps in which rates rise.
         search: whether the rate is searched; if not, it is ``start``.
         saves_more: whether its file has frozen numbers, which are no part of a profile, beside what is trained.
     """
@@ -73,6 +74,7 @@ class Method:
     masks: bool = False
     prepare: Callable[[object], None] = field(default=nothing)
     optimizer: MakesOptimizer = adamw
+    warmup: float = 0.06
     search: bool = True
     saves_more: bool = False
 
@@ -81,9 +83,14 @@ def of(kind, task_type="SEQ_CLS", **settings):
     return lambda: kind(task_type=task_type, **settings)
 
 
-def xpeft(num_adapters=100, bottleneck_size=48, *, start=0.1, optimizer=adamw, search=True, **settings):
+TRAINING = ("prepare", "optimizer", "warmup", "search")
+"""Of what an X-PEFT method is told, all that is not of its config."""
+
+
+def xpeft(num_adapters=100, bottleneck_size=48, *, start=0.1, **settings):
+    training = {name: settings.pop(name) for name in TRAINING if name in settings}
     made = of(XPEFTConfig, num_adapters=num_adapters, bottleneck_size=bottleneck_size, **settings)
-    return Method(made, start=start, masks=True, optimizer=optimizer, search=search)
+    return Method(made, start=start, masks=True, **training)
 
 
 def xpeft_of(pool, *arguments, start=0.1, search=True, **settings):
@@ -98,6 +105,27 @@ def xpeft_of(pool, *arguments, start=0.1, search=True, **settings):
 def k_hot(*sizes, **settings):
     """X-PEFT whose masks add what is chosen and leave out the rest; gains start at 0.3."""
     return xpeft(*sizes, **{"mask_norm": "variance", "scale": 0.3, **settings})
+
+
+def soft_before(steps):
+    """Hard masks that are trained as soft ones for so many steps, and repaired as hard ones in those that are left."""
+
+    def prepare(model):
+        specs = model.base_model.table.specs
+        hard = specs["default"]
+        specs["default"] = replace(hard, mask_type="soft")
+        passes = 0
+
+        def count(model, arguments):
+            nonlocal passes
+            if model.training:
+                passes += 1
+            if passes > steps:
+                specs["default"] = hard
+
+        model.register_forward_pre_hook(count)
+
+    return prepare
 
 
 def decaying(rate):
@@ -119,6 +147,18 @@ def slow(groups):
     """AdamW whose masks follow a mean of fifty gradients instead of ten."""
     betas = [(0.9, 0.999), (0.98, 0.999)]
     return torch.optim.AdamW([{**g, "betas": b} for g, b in zip(groups, betas, strict=True)], weight_decay=0.0)
+
+
+def faster_gain(times):
+    """AdamW whose gains, the smaller of the masks' two tensors, have a rate that is so many times the masks'."""
+
+    def made(groups):
+        head, masks = groups
+        gain, logits = sorted(masks["params"], key=torch.Tensor.numel)
+        groups = [head, {"params": [logits], "lr": masks["lr"]}, {"params": [gain], "lr": times * masks["lr"]}]
+        return torch.optim.AdamW(groups, weight_decay=0.0)
+
+    return made
 
 
 SIGNS_QV = {
@@ -182,12 +222,22 @@ LEADS = {
     "gain": {
         "no gain, scale 0.3": k_hot(learn_gain=False, search=False),
         "no gain, scale 1": k_hot(learn_gain=False, scale=1.0, search=False),
+        "gain 3 times as fast": k_hot(optimizer=faster_gain(3), search=False),
+        "gain 10 times as fast": k_hot(optimizer=faster_gain(10), search=False),
+        "signs, 400 x 12, gain 3 times as fast": xpeft(
+            400, 12, mask_norm="signs", scale=0.1, optimizer=faster_gain(3), search=False
+        ),
+        "signs, 400 x 12, gain 10 times as fast": xpeft(
+            400, 12, mask_norm="signs", scale=0.1, optimizer=faster_gain(10), search=False
+        ),
     },
     "estimator": {
         "softmax estimator": k_hot(estimator="softmax"),
         "sigmoid estimator": k_hot(estimator="sigmoid"),
         "Gumbel noise 0.3": k_hot(gumbel_noise=0.3, search=False),
         "Gumbel noise 1": k_hot(gumbel_noise=1.0, search=False),
+        "soft": k_hot(mask_type="soft"),
+        "soft for 80 steps, then hard": k_hot(prepare=soft_before(80)),
     },
     "cut": {
         "25 x 192": k_hot(25, 192),
@@ -209,6 +259,7 @@ LEADS = {
     },
     "place": {
         "attention output": k_hot(target_modules=ATTENTION_PATTERN, search=False),
+        "both outputs": k_hot(target_modules=BOTH_PATTERN, search=False),
         "both outputs, 48 x 48": k_hot(48, 48, target_modules=BOTH_PATTERN, search=False),
         "parallel": k_hot(insertion_form="parallel", search=False),
         "gelu": k_hot(activation="gelu", search=False),
@@ -220,6 +271,8 @@ LEADS = {
         "decay 3": k_hot(optimizer=decaying(3.0), search=False),
         "sign steps": k_hot(optimizer=sign_steps, search=False),
         "mean of 50 gradients": k_hot(optimizer=slow, search=False),
+        "no warm-up": k_hot(warmup=0.0, search=False),
+        "warm-up of 30 %": k_hot(warmup=0.3, search=False),
     },
     "signs": {
         "signs, scale 0.3": xpeft(mask_norm="signs", scale=0.3, search=False),
@@ -240,6 +293,9 @@ LEADS = {
         "trained pool, soft": xpeft_of(trained_adapters, 48, mask_type="soft", scale=1.0, search=False),
         "trained pool, scale 2": xpeft_of(trained_adapters, 48, scale=2.0, start=0.3, search=False),
         "trained pool, scale 4": xpeft_of(trained_adapters, 48, scale=4.0, start=0.3, search=False),
+        "trained pool, cut 112 x 12, scale 2": xpeft_of(cut_adapters, 12, scale=2.0, start=0.3, search=False),
+        "trained pool, cut 112 x 12, scale 8": xpeft_of(cut_adapters, 12, scale=8.0, start=0.3, search=False),
+        "principal directions, signs": xpeft_of(principal_adapters, 48, mask_norm="signs", scale=1.0, start=0.3),
         "trained pool, signs": xpeft_of(trained_adapters, 48, mask_norm="signs", scale=0.3, search=False),
         "LoRA pool, scale 2": xpeft_of(
             trained_loras, 8, insertion_form="parallel", activation="identity", scale=2.0, start=0.3, search=False

@@ -4,14 +4,15 @@ A pool is made when it is first wanted and kept in a folder of the system's temp
 """
 
 import functools
-import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from quality_tasks import DATA, TASKS, UNSEEN, Task, base, load
+from quality_tasks import SEEN, TASKS, Task, base, load
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 from peft_xmask import AdapterPool, BottleneckConfig
@@ -22,6 +23,7 @@ KEPT = Path(tempfile.gettempdir()) / "peft_xmask-quality-pools"
 SIZE, WIDTH = 100, 48
 STD = 0.1
 ADAPTER_SEEDS, LORA_SEEDS = 4, 2  # adapters of each seen domain
+ADAPTERS = len(SEEN) * ADAPTER_SEEDS
 
 
 def pool_in(name, adapters):
@@ -69,6 +71,81 @@ def home_made(kind):
     return pool_in(f"{kind}-{SIZE}-{WIDTH}", adapters)
 
 
+@functools.cache
+def cut_adapters(width):
+    """Those of :func:`trained_adapters`, each cut into pieces of ``width`` hidden units: more masks over as many bytes.
+
+    A piece has an equal share of its adapter's output bias, so that the pieces of an adapter add up to it.
+    """
+    kept, pieces = sites_of(trained_adapters(WIDTH)), WIDTH // width
+
+    def piece(number):
+        adapter, part = divmod(number, pieces)
+        units = slice(part * width, (part + 1) * width)
+        return {
+            name: {
+                "down": site["down"][adapter, units],
+                "down_bias": site["down_bias"][adapter, units],
+                "up": site["up"][adapter, :, units],
+                "up_bias": site["up_bias"][adapter] / pieces,
+            }
+            for name, site in kept.items()
+        }
+
+    return pool_in(f"cut-{width}", lambda folder: written(folder, width, map(piece, range(ADAPTERS * pieces))))
+
+
+@functools.cache
+def principal_adapters(width):
+    """Principal directions of :func:`trained_adapters`, in order of their size.
+
+    At each site those of all adapters' down-projections as vectors, and of their up-projections, each as long as its
+    singular value: the first is nearly the adapters' mean, and together they span what the adapters span.
+    """
+    found = {
+        name: directions(site["down"], site["down_bias"], "down") | directions(site["up"], site["up_bias"], "up")
+        for name, site in sites_of(trained_adapters(width)).items()
+    }
+
+    def direction(number):
+        return {name: {part: tensor[number] for part, tensor in site.items()} for name, site in found.items()}
+
+    return pool_in(f"principal-{width}", lambda folder: written(folder, width, map(direction, range(ADAPTERS))))
+
+
+def directions(weight, bias, name):
+    """Singular directions of N projections with their biases; each points to where more of them do."""
+    left, sizes, rows = torch.linalg.svd(torch.cat([weight.flatten(1), bias], 1), full_matrices=False)
+    rows = rows * (sizes * left.sum(0).sign())[:, None]
+    return {name: rows[:, : weight[0].numel()].view_as(weight), f"{name}_bias": rows[:, weight[0].numel() :]}
+
+
+def sites_of(pool):
+    """Tensors of a kept pool, of all its adapters: by the module's name, from "layer" on, and the part's."""
+    sites = {}
+    for name, tensor in load_file(Path(pool.name_or_path) / "pool.safetensors").items():
+        site, part = name.rsplit(".", 1)
+        sites.setdefault(site[site.index("layer.") :], {})[part] = tensor
+    return sites
+
+
+def written(folder, width, adapters):
+    """Folders of bottleneck adapters with these tensors."""
+    model = get_peft_model(AutoModel.from_pretrained(base()), BottleneckConfig(bottleneck_size=width))
+    places = {}
+    for name, parameter in trained(model):
+        site, part = re.fullmatch(r".*(layer\..*)\.bottleneck_adapter_(.*)", name).groups()
+        places[site, part.replace(".default.weight", "").replace(".default.bias", "_bias")] = parameter
+    folders = []
+    for number, sites in enumerate(adapters):
+        with torch.no_grad():
+            for (site, part), parameter in places.items():
+                parameter.copy_(sites[site][part])
+        folders.append(folder / f"{number:03}")
+        model.save_pretrained(folders[-1])
+    return folders
+
+
 def trained(model):
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
@@ -103,12 +180,9 @@ def trained_loras(rank):
 
 def trained_on_others(folder, config, rate, seeds):
     """Folders of adapters, trained as the tasks of the unseen domains are."""
-    names = json.loads((DATA / "clinc150" / "domains.json").read_text(encoding="utf-8"))
     steps, batch_size = TASKS["car"].steps, TASKS["car"].batch_size
     made = []
-    for domain in names:
-        if domain in UNSEEN.values():
-            continue
+    for domain in SEEN:
         parts = load(Task("clinc150", "model", steps, batch_size, domain))
         for seed in range(seeds):
             settings = TrainSettings(

@@ -55,6 +55,8 @@ class Parts:
 
 UNSEEN = {"car": "auto_and_commute", "home": "home", "work": "work"}
 """Domains that the study's trained pools have not seen, by the name of their task."""
+SEEN = ("banking", "credit_cards", "kitchen_and_dining", "travel", "utility", "small_talk", "meta")
+"""The other seven domains, on which they are trained; each is the name of its task, too."""
 TASKS = {
     "car": Task("clinc150", "model", 100, 16, UNSEEN["car"]),
     "car-25": Task("clinc150", "model", 25, 16, UNSEEN["car"]),
@@ -64,6 +66,7 @@ TASKS = {
         for task in ("home", "work")
         for ending, steps in (("", 100), ("-25", 25), ("-400", 400))
     },
+    **{domain: Task("clinc150", "model", 100, 16, domain, rates_from="car") for domain in SEEN},
     "banking77": Task("banking77", "mean", 200, 16),
     "banking77-600": Task("banking77", "mean", 600, 16, rates_from="banking77"),
     **{
