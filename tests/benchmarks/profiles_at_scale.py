@@ -42,14 +42,14 @@ def random_masks(profiles, sites, num_adapters, top_k):
     return pack_bits(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(top_k).indices, True))
 
 
-def bank_of(base, profiles):
-    """Random masks: a thousand that differ, in an order that jumps."""
+def bank_of(base, profiles, first=0):
+    """Random masks: a thousand that differ, in an order that jumps. Names count from ``first``."""
     model = get_peft_model(twin(base), config())
     spec = model.base_model.table.specs["default"]
     order = torch.arange(profiles) * 7919 % 1000
     bits = random_masks(1000, spec.num_sites, spec.num_adapters, spec.top_k)[order]
     gains = pack_halves(torch.full((profiles, spec.num_sites, 1), spec.scale))
-    names = [f"user-{i}" for i in range(profiles)]
+    names = [f"user-{i}" for i in range(first, first + profiles)]
     return ProfileBank(model.peft_config["default"], bits, gains, names)
 
 
