@@ -199,6 +199,7 @@ METHODS = {
     "X-PEFT hard 392 x 12": k_hot(392, 12),
     "X-PEFT signs 96 x 50": xpeft(96, 50, mask_norm="signs", scale=0.1),
     "X-PEFT signs 392 x 12": xpeft(392, 12, mask_norm="signs", scale=0.1),
+    "X-PEFT signs 392 x 12, identity": xpeft(392, 12, mask_norm="signs", scale=0.1, activation="identity"),
     "X-PEFT signs 1568 x 3": xpeft(1568, 3, mask_norm="signs", scale=0.03, search=False),
     "X-PEFT signs 3136 x 2": xpeft(3136, 2, mask_norm="signs", search=False),
     "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, density=0.005), start=1e-2),
@@ -320,7 +321,7 @@ GROUPS = {
     ],
     "frontier": [
         "head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "X-PEFT signs 96 x 50", "X-PEFT signs 392 x 12",
-        "X-PEFT signs 1568 x 3", "X-PEFT signs 3136 x 2", "X-PEFT soft 100 x 48", "LoRA r=1", "LoRA r=8",
+        "X-PEFT signs 392 x 12, identity", "X-PEFT signs 1568 x 3", "X-PEFT signs 3136 x 2", "X-PEFT soft 100 x 48", "LoRA r=1", "LoRA r=8",
         "bottleneck b=48", "IA3", "LN tuning", "BitFit, FFN", "Uni-LoRA d=256", "VeRA r=256", "VB-LoRA",
         "Poly, routing only, 100 skills",
     ],
