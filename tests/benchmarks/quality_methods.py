@@ -321,9 +321,9 @@ GROUPS = {
     ],
     "frontier": [
         "head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "X-PEFT signs 96 x 50", "X-PEFT signs 392 x 12",
-        "X-PEFT signs 392 x 12, identity", "X-PEFT signs 1568 x 3", "X-PEFT signs 3136 x 2", "X-PEFT soft 100 x 48", "LoRA r=1", "LoRA r=8",
-        "bottleneck b=48", "IA3", "LN tuning", "BitFit, FFN", "Uni-LoRA d=256", "VeRA r=256", "VB-LoRA",
-        "Poly, routing only, 100 skills",
+        "X-PEFT signs 392 x 12, identity", "X-PEFT signs 1568 x 3", "X-PEFT signs 3136 x 2", "X-PEFT soft 100 x 48",
+        "LoRA r=1", "LoRA r=8", "bottleneck b=48", "IA3", "LN tuning", "BitFit, FFN", "Uni-LoRA d=256", "VeRA r=256",
+        "VB-LoRA", "Poly, routing only, 100 skills",
     ],
     "few": ["head only", "X-PEFT hard 96 x 50", "X-PEFT hard 392 x 12", "LoRA r=8", "bottleneck b=48"],
     **{f"lead-{lead}": [f"X-PEFT, {name}" for name in names] for lead, names in LEADS.items()},
