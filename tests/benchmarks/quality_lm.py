@@ -8,7 +8,7 @@ import tempfile
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from quality_methods import Method, k_hot, of
+from quality_method import Method, k_hot, of
 from quality_tasks import DATA
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
