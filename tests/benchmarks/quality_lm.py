@@ -8,7 +8,7 @@ import tempfile
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, VeraConfig, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from quality_method import Method, k_hot, of
+from quality_method import Method, k_hot, of, xpeft
 from quality_tasks import DATA
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer, TrainingArguments, set_seed
 
@@ -28,6 +28,8 @@ LM_METHODS = {
     "X-PEFT hard 96 x 16": k_hot(96, 16, **LM),
     "X-PEFT hard 392 x 4": k_hot(392, 4, **LM),
     "X-PEFT soft 96 x 16": k_hot(96, 16, **LM, mask_type="soft"),
+    "X-PEFT signs 96 x 16": xpeft(96, 16, **LM),
+    "X-PEFT signs 392 x 4": xpeft(392, 4, **LM),
     "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, **LM, density=0.005), start=3e-2),
     "magnitude mask 5 %": Method(of(MagnitudeMaskConfig, **LM, density=0.05), start=3e-2),
     "weight adapter, weight r=16": Method(of(WeightAdapterConfig, **LM, target="weight", r=16)),
