@@ -30,7 +30,12 @@ def drawn(said):
 
 def redraw(text):
     """The text with its tables drawn anew."""
-    return TABLE.sub(lambda found: f"<!-- quality.py {found['said']} -->\n\n{drawn(found['said'])}", text)
+
+    def again(found):
+        gap = "" if found["table"] else "\n"  # where there was no table yet, what follows is a line away
+        return f"<!-- quality.py {found['said']} -->\n\n{drawn(found['said'])}{gap}"
+
+    return TABLE.sub(again, text)
 
 
 def main():
