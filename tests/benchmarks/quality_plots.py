@@ -42,7 +42,7 @@ def against_bytes(axes, chosen):
             continue
         below, above = mean - min(scores), max(scores) - mean
         axes.errorbar(payload, mean, yerr=[[below], [above]], fmt="o", capsize=3)
-        axes.annotate(name, (payload, mean), textcoords="offset points", xytext=(6, 4), fontsize=7)
+        axes.annotate(name, (payload, mean), textcoords="offset points", xytext=(3, 3), fontsize=7, rotation=35)
     axes.set_xscale("log")
     axes.set_xlabel("bytes of a profile, without head and pool")
     axes.set_ylabel("test accuracy: mean and range over seeds")
