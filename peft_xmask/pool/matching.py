@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..errors import PoolMismatchError
-from ..sites import same_site
+from ..sites import partners
 
 
 def match_names(names: Sequence[str], present: Sequence[str]) -> list[str]:
-    """For each of ``names``, the one of ``present`` that means the same module; names may differ by a prefix.
+    """For each of ``names``, the one of ``present`` that means the same module, whatever the root is called.
 
     Raises:
         PoolMismatchError: another number of names, a name without a partner, or one that could have several.
     """
-    exact = set(present)
-    matches = [[name] if name in exact else [other for other in present if same_site(name, other)] for name in names]
+    matches = partners(names, present)
     missing = [name for name, found in zip(names, matches, strict=True) if not found]
     used = {found[0] for found in matches if found}
     left = [other for other in present if other not in used]

@@ -16,7 +16,7 @@ from ..errors import ConfigError, FileFormatError, PoolMismatchError
 from ..functional import require
 from ..layer import SiteLayer, device_of
 from ..pool import AdapterPool, PoolSlice
-from ..sites import Site, same_site
+from ..sites import Site, partners
 from ..tuner import SiteTuner
 from .baked import BakedRows
 from .config import XPEFTConfig
@@ -52,7 +52,8 @@ class XPEFTModel(SiteTuner):
         """A pool's sites may be named from another root: take the names they have in this model."""
         if self._take_targets_of_pool:
             names = [name for name, _ in model.named_modules() if name]
-            found = {name for name in names if any(same_site(name, other) for other in peft_config.target_modules)}
+            present = sorted(peft_config.target_modules)
+            found = {name for name, same in zip(names, partners(names, present), strict=True) if same}
             peft_config.target_modules = found or peft_config.target_modules
         super()._prepare_model(peft_config, model)
 
