@@ -79,7 +79,8 @@ def against_steps(axes, relatives):
 
 def losses(axes, chosen):
     """Training loss, mean over seeds, of each part of the training."""
-    for number, (name, lines) in enumerate(chosen.items()):
+    trained = {name: lines for name, lines in chosen.items() if lines[0]["losses"]}
+    for number, (name, lines) in enumerate(trained.items()):
         means = [statistics.mean(values) for values in zip(*(line["losses"] for line in lines), strict=True)]
         width = lines[0]["steps"] / len(means)
         steps = [width * (index + 0.5) for index in range(len(means))]

@@ -21,8 +21,9 @@ def tests(lines):
 
 
 def end_loss(lines):
-    """Training loss of the last 15 % of the steps, in nats, mean over seeds."""
-    return statistics.mean(statistics.mean(line["losses"][-3:]) for line in lines if line["losses"])
+    """Training loss of the last 15 % of the steps, in nats, mean over seeds; None where nothing was trained."""
+    ends = [statistics.mean(line["losses"][-3:]) for line in lines if line["losses"]]
+    return round(statistics.mean(ends), 3) if ends else None
 
 
 def facts(lines):
@@ -31,7 +32,7 @@ def facts(lines):
         "payload_bytes": lines[0]["payload_bytes"], "head_bytes": lines[0]["head_bytes"],
         "pool_bytes": lines[0]["pool_bytes"], "rate": lines[0]["rate"],
         "validation": round(statistics.mean(line["validation_accuracy"] for line in lines), 4),
-        "test": round(statistics.mean(tests(lines)), 4), "seeds": tests(lines), "loss": round(end_loss(lines), 3),
+        "test": round(statistics.mean(tests(lines)), 4), "seeds": tests(lines), "loss": end_loss(lines),
     }  # fmt: skip
 
 
@@ -51,7 +52,8 @@ def report(task, methods, seeds):
         scores = fact["test"], min(fact["seeds"]), max(fact["seeds"])
         table.add_row(
             name, f"{payload:,}", f"{payload + fact['head_bytes']:,}", *with_pool, f"{fact['rate']:g}",
-            f"{fact['loss']:.2f}", *(f"{number:.3f}" for number in (fact["validation"], *scores)),
+            "" if fact["loss"] is None else f"{fact['loss']:.2f}",
+            *(f"{number:.3f}" for number in (fact["validation"], *scores)),
         )  # fmt: skip
     out().print(table)
     return found
@@ -76,6 +78,6 @@ def markdown(tasks, methods, seeds, losses=False):
         for part in lines.values():
             cells.append(spread(tests(part)) if part else "")
             if losses:
-                cells.append(f"{end_loss(part):.2f}" if part else "")
+                cells.append("" if (loss := end_loss(part)) is None else f"{loss:.2f}")
         rows.append(f"| {name} | {sizes[name]:,} | {' | '.join(cells)} |")
     return "\n".join(rows)
