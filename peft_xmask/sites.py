@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+TOWERS = ("encoder", "decoder", "text", "language", "vision", "audio")
+"""Parts of a root's name that say which of a model's towers is below it."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -33,14 +36,16 @@ def partners(names: Sequence[str], present: Sequence[str]) -> list[list[str]]:
     """For each of ``names``, those of ``present`` that mean the same module.
 
     If none does, ``present`` may hang on a root of another name: ``bert.encoder.layer.0.output.dense`` then is
-    ``backbone.encoder.layer.0.output.dense``. An encoder is never taken for a decoder.
+    ``backbone.encoder.layer.0.output.dense``. A root that tells one tower of a model from another is no such root: an
+    encoder is not taken for a decoder, nor ``text_model`` for ``vision_model``. Nor is what a root leaves if that is
+    one word, which would be found anywhere.
     """
     known = dict.fromkeys(present)
     found = [_partners_of(name, known) for name in names]
     roots = {name.partition(".")[0] for name in present}
-    if any(found) or len(roots) != 1 or roots <= {"encoder", "decoder"}:
+    if any(found) or len(roots) != 1 or any(tower in root for tower in TOWERS for root in roots):
         return found
-    rootless = {name.partition(".")[2]: name for name in present if "." in name}
+    rootless = {name.partition(".")[2]: name for name in present if name.count(".") > 1}
     return [[rootless[other] for other in _partners_of(name, rootless)] for name in names]
 
 

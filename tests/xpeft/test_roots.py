@@ -57,12 +57,14 @@ def test_a_pool_of_one_head_serves_the_other_and_its_profile_loads(to_mean, grow
     assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path / "profile").eval()(**tiny_batch).logits, logits)
 
 
-def test_roots_of_other_names_are_the_same_place_but_an_encoder_is_no_decoder():
+def test_roots_of_other_names_are_the_same_place_but_one_tower_is_not_another():
     under_bert = [f"bert.{name}" for name in NAMES]
     assert partners([f"backbone.{name}" for name in NAMES], under_bert) == [[name] for name in under_bert]
     assert partners([f"0.auto_model.{name}" for name in NAMES], under_bert) == [[name] for name in under_bert]
     assert partners(NAMES, under_bert) == [[name] for name in under_bert]
     assert partners([name.replace("encoder", "decoder") for name in NAMES], NAMES) == [[], []]
+    assert partners([f"vision_model.{NAMES[0]}"], [f"text_model.{NAMES[0]}"]) == [[]]
+    assert partners(["net.0", "head.0"], ["mlp.0"]) == [[], []]
     assert partners(["backbone.encoder.layer.2.output.dense"], under_bert) == [[]]
     assert partners([f"bert.{NAMES[0]}", f"backbone.{NAMES[1]}"], under_bert) == [[under_bert[0]], []]
 
