@@ -5,22 +5,16 @@ Importing this package makes its methods known to PEFT; from there on ``peft.get
 """
 
 from ._version import __version__
-from .bottleneck import BottleneckConfig
+from .core.adapter_folder import ProfileSize
 from .errors import PeftXMaskError, PeftXMaskWarning
-from .integrations import (
-    RecordCallback,
-    WeightAdapterCallback,
-    XPEFTCallback,
-    export_lora,
-    export_sparse_delta,
-    fold,
-)
-from .magnitude_mask import MagnitudeMaskConfig
+from .integrations import RecordCallback, WeightAdapterCallback, XPEFTCallback, export_lora, export_sparse_delta, fold
 from .pool import AdapterPool
 from .profiles import Profile, ProfileBank
-from .size import ProfileSize, profile_size
-from .weight_adapter import WeightAdapterConfig
-from .xpeft import XPEFTConfig
+from .tuners.base.profile_size import profile_size
+from .tuners.bottleneck import BottleneckConfig
+from .tuners.magnitude_mask import MagnitudeMaskConfig
+from .tuners.weight_adapter import WeightAdapterConfig
+from .tuners.xpeft import XPEFTConfig
 
 __all__ = [
     "AdapterPool",

@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from peft_xmask.corpus import CHAPTERS, MAX_PER_CHAPTER, MAX_WORDS, MIN_WORDS, clean_docstring, docstring_corpus
+from peft_xmask.cli.corpus import CHAPTERS, MAX_PER_CHAPTER, MAX_WORDS, MIN_WORDS, clean_docstring, docstring_corpus
 
 
 @pytest.fixture(scope="module")

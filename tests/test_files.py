@@ -6,8 +6,15 @@ import sys
 import pytest
 import torch
 
+from peft_xmask.core.files import (
+    dtype_from_name,
+    read_tensors,
+    sha256_of_file,
+    write_atomically,
+    write_tensors,
+    write_text,
+)
 from peft_xmask.errors import FileFormatError
-from peft_xmask.files import dtype_from_name, read_tensors, sha256_of_file, write_atomically, write_tensors, write_text
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -27,7 +34,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from peft_xmask.files import write_atomically
+from peft_xmask.core.files import write_atomically
 def write(beside):
     beside.write_text("half of the n")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,6 +1,6 @@
 import torch
 
-from peft_xmask.fingerprint import digest_of_facts, fingerprint_weights
+from peft_xmask.core.fingerprint import digest_of_facts, fingerprint_weights
 
 
 def weights(seed: int = 0) -> list[torch.Tensor]:

@@ -3,9 +3,8 @@ import math
 import pytest
 import torch
 
-from peft_xmask.functional import (
-    AdapterPair,
-    adapt,
+from peft_xmask.core.adapter import AdapterPair, adapt
+from peft_xmask.core.masks import (
     gain_weight,
     hard_mask,
     hard_weights,

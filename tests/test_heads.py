@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
 
-from peft_xmask.heads import MeanPooledClassifier, mean_pool
+from peft_xmask.integrations.pooled_classifier import MeanPooledClassifier, mean_pool
 
 SHAPE = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 IDS = torch.arange(1, 13).view(2, 6)

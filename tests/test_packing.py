@@ -3,8 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peft_xmask.core.packing import check_bits, pack_bits, pack_halves, packed_size, unpack_bits, unpack_halves
 from peft_xmask.errors import MaskFormatError
-from peft_xmask.packing import check_bits, pack_bits, pack_halves, packed_size, unpack_bits, unpack_halves
 
 
 def k_hot(num_adapters: int, chosen: list[int]) -> torch.Tensor:

@@ -14,7 +14,8 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 import peft_xmask
-from peft_xmask import BottleneckConfig, XPEFTConfig, _peft
+from peft_xmask import BottleneckConfig, XPEFTConfig
+from peft_xmask.tuners.base import peft_private as _peft
 
 
 @pytest.mark.parametrize(("name", "config"), [("XPEFT", XPEFTConfig), ("BOTTLENECK_ADAPTER", BottleneckConfig)])
@@ -30,8 +31,8 @@ def test_methods_are_registered(name: str, config: type):
 
 def test_registering_again_changes_nothing():
     before = dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)
-    importlib.reload(sys.modules["peft_xmask.xpeft.model"])
-    assert _peft.register("xpeft", XPEFTConfig, peft_xmask.xpeft.XPEFTModel)
+    importlib.reload(sys.modules["peft_xmask.tuners.xpeft.model"])
+    assert _peft.register("xpeft", XPEFTConfig, peft_xmask.tuners.xpeft.XPEFTModel)
     assert (dict(PEFT_TYPE_TO_CONFIG_MAPPING), list(PeftType)) == before
 
 

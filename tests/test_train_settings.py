@@ -2,9 +2,9 @@
 
 import pytest
 
-from peft_xmask.classify import _training_arguments
+from peft_xmask.cli.classify import _training_arguments
+from peft_xmask.cli.train_settings import TrainSettings
 from peft_xmask.errors import ConfigError
-from peft_xmask.train_settings import TrainSettings
 
 
 @pytest.mark.parametrize(

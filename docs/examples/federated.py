@@ -38,12 +38,12 @@ from rich.console import Console
 from rich.table import Table
 
 from peft_xmask import MagnitudeMaskConfig
-from peft_xmask.classify import TextClassifier
+from peft_xmask.cli.classify import TextClassifier
+from peft_xmask.cli.corpus import docstring_corpus
 from peft_xmask.cli.demo import minilm_folder
-from peft_xmask.corpus import docstring_corpus
-from peft_xmask.magnitude_mask.averaging import combine
-from peft_xmask.methods import HEAD_LEARNING_RATE, LEARNING_RATES
-from peft_xmask.train_settings import TrainSettings
+from peft_xmask.cli.methods import HEAD_LEARNING_RATE, LEARNING_RATES
+from peft_xmask.cli.train_settings import TrainSettings
+from peft_xmask.tuners.magnitude_mask.averaging import combine
 
 CLIENTS = 4
 AT_HOME = 0.85

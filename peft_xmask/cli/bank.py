@@ -11,8 +11,8 @@ import typer
 from .console import bytes_text, output, print_facts, print_json, progress_bar
 
 if TYPE_CHECKING:
+    from ..bank.difference import Difference
     from ..profiles import ProfileBank
-    from ..profiles.difference import Difference
 
 app = typer.Typer(help="Make, look at, check and compare banks of profiles.", no_args_is_help=True)
 
@@ -183,9 +183,9 @@ def describe_bank(where: str) -> dict[str, Any]:
     """Everything ``bank inspect`` can say, as plain data. Only what it prints is read."""
     from itertools import islice
 
+    from ..bank.combinatorial import coded_size
+    from ..core.adapter_folder import ADAPTER_FILE
     from ..pool import AdapterPool
-    from ..profiles.combinatorial import coded_size
-    from ..size import ADAPTER_FILE
 
     path, bank = Path(where), open_bank(where)
     config, content = bank.config, bank.content()
@@ -291,7 +291,7 @@ def _write(bank: ProfileBank, out: Path, archive: bool) -> None:
 
 
 def _print_written(bank: ProfileBank, out: Path) -> None:
-    from ..size import ADAPTER_FILE
+    from ..core.adapter_folder import ADAPTER_FILE
 
     size = (out if out.is_file() else out / ADAPTER_FILE).stat().st_size
     print_facts(

@@ -20,8 +20,8 @@ from rich.table import Table
 from .console import new_folder, output, print_facts, progress_bar
 
 if TYPE_CHECKING:
-    from ..corpus import Corpus
-    from ..size import ProfileSize
+    from ..core.adapter_folder import ProfileSize
+    from .corpus import Corpus
 
 STEPS = 150
 BATCH_SIZE = 16
@@ -73,7 +73,7 @@ def minilm_folder() -> Path:
 
 
 def _run(base: Path, folder: Path, steps: int, seed: int) -> bool:
-    from ..corpus import docstring_corpus
+    from .corpus import docstring_corpus
 
     with progress_bar("reading the standard library's docstrings"):
         corpus = docstring_corpus(seed)
@@ -97,10 +97,10 @@ def _run(base: Path, folder: Path, steps: int, seed: int) -> bool:
 
 
 def _train(method: str, base: Path, corpus: Corpus, folder: Path, *, steps: int, seed: int) -> tuple[Row, list[int]]:
-    from ..classify import TextClassifier
-    from ..methods import HEAD_LEARNING_RATE, LEARNING_RATES, method_config
-    from ..size import profile_size
-    from ..train_settings import TrainSettings
+    from ..tuners.base.profile_size import profile_size
+    from .classify import TextClassifier
+    from .methods import HEAD_LEARNING_RATE, LEARNING_RATES, method_config
+    from .train_settings import TrainSettings
 
     classifier = TextClassifier.create(
         base, corpus.label_names, method_config(method), max_length=MAX_LENGTH, seed=seed

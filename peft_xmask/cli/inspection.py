@@ -66,7 +66,8 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
     Raises:
         FileFormatError: its config or tensors are damaged, or its masks are not what the config says.
     """
-    from ..size import ADAPTER_FILE, profile_size
+    from ..core.adapter_folder import ADAPTER_FILE
+    from ..tuners.base.profile_size import profile_size
 
     config = _read_json(folder / "adapter_config.json")
     facts = _file_facts(folder / ADAPTER_FILE, config)
@@ -130,7 +131,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def _file_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    from ..files import read_tensors
+    from ..core.files import read_tensors
 
     tensors, _ = read_tensors(path)
     facts: dict[str, Any] = {
@@ -152,8 +153,8 @@ def _file_facts(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _describe_masks(bits: Tensor, gain_bits: Tensor | None, config: Mapping[str, Any]) -> dict[str, Any]:
     """Masks ``[P, 2, S, bytes]`` and gains ``[P, S, 2]``, checked against the config where there is one."""
+    from ..core.packing import unpack_bits, unpack_halves
     from ..errors import MaskFormatError
-    from ..packing import unpack_bits, unpack_halves
 
     if bits.dim() != 4 or bits.shape[1] != 2:
         raise MaskFormatError(f"Expected masks of shape [P, 2, S, bytes], found {tuple(bits.shape)}.")
@@ -173,7 +174,7 @@ def _describe_masks(bits: Tensor, gain_bits: Tensor | None, config: Mapping[str,
 
 
 def _hard_facts(bits: Tensor, num_adapters: int) -> dict[str, Any]:
-    from ..packing import unpack_bits
+    from ..core.packing import unpack_bits
 
     chosen = unpack_bits(bits, num_adapters)
     per_mask = int(chosen.sum(-1).flatten()[0])
@@ -187,7 +188,7 @@ def _hard_facts(bits: Tensor, num_adapters: int) -> dict[str, Any]:
 
 
 def _soft_facts(bits: Tensor, num_adapters: int) -> dict[str, Any]:
-    from ..packing import unpack_halves
+    from ..core.packing import unpack_halves
 
     weights = unpack_halves(bits).softmax(-1)
     entropy = -(weights * weights.clamp_min(1e-30).log()).sum(-1).mean(0)
@@ -200,7 +201,7 @@ def _soft_facts(bits: Tensor, num_adapters: int) -> dict[str, Any]:
 
 def _check_masks(bits: Tensor, gain_bits: Tensor | None, config: Mapping[str, Any]) -> None:
     from ..errors import FileFormatError
-    from ..xpeft.spec import MaskSpec
+    from ..tuners.xpeft.spec import MaskSpec
 
     try:
         spec = MaskSpec(

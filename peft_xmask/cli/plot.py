@@ -27,7 +27,7 @@ def masks(
     ] = None,
 ) -> None:
     """Draw which adapters of the pool are chosen at each site."""
-    from ..profiles.plot import plot_masks
+    from ..bank.plot import plot_masks
 
     _save(plot_masks(_opened(bank), profile or ()), out)
 
@@ -43,7 +43,7 @@ def map_profiles(
     limit: Annotated[int, typer.Option(help="Draw at most so many profiles, chosen at random.", min=3)] = 2000,
 ) -> None:
     """Draw profiles in two dimensions, those with like masks near each other."""
-    from ..profiles.plot import plot_map
+    from ..bank.plot import plot_map
 
     name, found = (column or "", None) if values is None else read_column(values, column)
     _save(plot_map(_opened(bank), found, column=name, limit=limit), out)
@@ -52,7 +52,7 @@ def map_profiles(
 @app.command()
 def usage(bank: Bank, out: Out) -> None:
     """Draw how often the adapters of the pool are chosen, against chance."""
-    from ..profiles.plot import plot_usage
+    from ..bank.plot import plot_usage
 
     _save(plot_usage(_opened(bank)), out)
 
@@ -69,8 +69,8 @@ def bytes_per_profile(
     task: Annotated[str, typer.Option(help="Task of the base model.")] = "FEATURE_EXTRACTION",
 ) -> None:
     """Draw bytes a profile beside those of other methods, measured as they are saved."""
-    from ..profiles.combinatorial import coded_size
-    from ..profiles.plot import plot_bytes
+    from ..bank.combinatorial import coded_size
+    from ..bank.plot import plot_bytes
 
     opened = _opened(bank)
     spec = opened.spec
@@ -91,7 +91,7 @@ def peer_size(method: str, base: str | None, task: str) -> float:
     from peft import PeftConfig, get_peft_model
 
     from ..errors import ConfigError
-    from ..size import profile_size
+    from ..tuners.base.profile_size import profile_size
     from .reference import candidate, load_model
 
     if Path(method).is_dir():

@@ -35,7 +35,7 @@ def build(
 @app.command()
 def from_lora(adapters: Adapters, out: Out, dtype: DType = None) -> None:
     """Stack PEFT LoRA adapters of equal targets and rank into a pool."""
-    from ..files import dtype_from_name
+    from ..core.files import dtype_from_name
     from ..pool import AdapterPool
 
     storage = None if dtype is None else dtype_from_name(dtype)
@@ -47,7 +47,7 @@ def from_lora(adapters: Adapters, out: Out, dtype: DType = None) -> None:
 @app.command()
 def from_bottleneck(adapters: Adapters, out: Out, dtype: DType = None) -> None:
     """Stack bottleneck adapters, ours or AdapterHub's seq_bn, into a pool."""
-    from ..files import dtype_from_name
+    from ..core.files import dtype_from_name
     from ..pool import AdapterPool
 
     storage = None if dtype is None else dtype_from_name(dtype)

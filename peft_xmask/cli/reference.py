@@ -134,7 +134,7 @@ def load_model(name: str, task: Any, adapter: Path | None = None) -> nn.Module:
     from ..errors import ConfigError
 
     if adapter is not None and (adapter / "labels.json").is_file():
-        from ..classify import TextClassifier
+        from .classify import TextClassifier
 
         inner: Any = TextClassifier.load(adapter, name).model
         unloaded: nn.Module = inner.unload()
@@ -189,8 +189,8 @@ def _writer(path: Path) -> Any:
     Raises:
         ConfigError: an ending that is not known.
     """
+    from ..core.files import write_text
     from ..errors import ConfigError
-    from ..files import write_text
 
     texts = {".md": "to_markdown", ".csv": "to_csv", ".html": "to_html"}
     if path.suffix == ".png":

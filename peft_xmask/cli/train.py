@@ -14,8 +14,8 @@ from .console import bytes_text, new_folder, output, print_facts, print_json, pr
 from .data import Rows, label_names_of, number_labels, read_rows
 
 if TYPE_CHECKING:
-    from ..classify import TextClassifier
-    from ..scores import Evaluation
+    from .classify import TextClassifier
+    from .scores import Evaluation
 
 
 class Method(str, Enum):
@@ -89,9 +89,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
 ) -> None:
     """Train an adapter and a head to classify texts; write a plain PEFT adapter folder."""
-    from ..classify import TextClassifier
-    from ..methods import LEARNING_RATES, method_config
-    from ..train_settings import TrainSettings
+    from .classify import TextClassifier
+    from .methods import LEARNING_RATES, method_config
+    from .train_settings import TrainSettings
 
     folder = new_folder(out, "adapter_config.json")
     settings = TrainSettings(
@@ -145,8 +145,8 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure accuracy, macro-F1 and loss of a trained adapter."""
-    from ..classify import TextClassifier
-    from ..files import write_text
+    from ..core.files import write_text
+    from .classify import TextClassifier
 
     classifier = TextClassifier.load(adapter, base)
     rows = read_rows(data, text, label, split)
@@ -193,7 +193,7 @@ def _score_facts(scores: Evaluation) -> dict[str, object]:
 def _print_trained(
     folder: Path, classifier: TextClassifier, examples: int, loss: float, scores: Evaluation | None
 ) -> None:
-    from ..size import profile_size
+    from ..tuners.base.profile_size import profile_size
 
     size = profile_size(folder)
     print_facts(

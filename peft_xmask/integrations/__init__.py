@@ -1,6 +1,6 @@
 """Where this package meets its neighbours."""
 
-from .card import complete_cards_of_peft
+from ..tuners.base.model_card import complete_cards_of_peft
 from .export import export_lora
 from .fold import fold
 from .record import RecordCallback

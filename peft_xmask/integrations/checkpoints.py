@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 from transformers import TrainingArguments
 
+from ..core.files import read_tensors
 from ..errors import FileFormatError
-from ..files import read_tensors
 
 
 def checkpoint_folder(args: TrainingArguments, step: int) -> Path:

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..core.adapter_folder import ADAPTER_FILE, is_head_key
+from ..core.files import write_tensors
 from ..errors import ConfigError, MergeError
-from ..files import write_tensors
-from ..layer import SiteLayer
-from ..size import ADAPTER_FILE, is_head_key
+from ..tuners.sites.layer import SiteLayer
 
 PREFIX = "base_model.model."
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import ConfigError
-from ..in_place_tuner import InPlaceTuner
+from ..tuners.in_place.tuner import InPlaceTuner
 
 
 def fold(model: nn.Module, path: str | Path) -> None:

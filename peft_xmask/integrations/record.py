@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..config import TargetConfig
+from ..tuners.base.config import TargetConfig
 
 
 class RecordCallback(TrainerCallback):

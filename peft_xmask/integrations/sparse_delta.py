@@ -8,9 +8,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from ..core.files import write_tensors
 from ..errors import ConfigError
-from ..files import write_tensors
-from ..magnitude_mask import MagnitudeMaskLayer
+from ..tuners.magnitude_mask import MagnitudeMaskLayer
 
 FORMAT = "sparse-delta-1"
 

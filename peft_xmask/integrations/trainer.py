@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..core.files import write_tensors
+from ..core.masks import select_top_k
 from ..errors import ConfigError, PeftXMaskWarning
-from ..files import write_tensors
-from ..functional import select_top_k
-from ..sharding import gathered, sharded_as
-from ..xpeft.model import find_table
-from ..xpeft.table import MaskTable
+from ..tuners.base.state import gathered, sharded_as
+from ..tuners.xpeft.model import find_table
+from ..tuners.xpeft.table import MaskTable
 from .checkpoints import check_shape, checkpoint_folder, find_state
 from .record import RecordCallback
 

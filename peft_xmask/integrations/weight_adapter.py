@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..core.files import write_tensors
 from ..errors import PeftXMaskWarning
-from ..files import write_tensors
-from ..in_place_tuner import find_table
-from ..weight_adapter.model import adapted_layers
+from ..tuners.in_place.tuner import find_table
+from ..tuners.weight_adapter.model import adapted_layers
 from .checkpoints import check_shape, checkpoint_folder, find_state
 from .record import RecordCallback
 

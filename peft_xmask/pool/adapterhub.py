@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.hub import CONFIG_FILE, Folder, refuse_fields
 from ..errors import ConfigError, FileFormatError, PeftXMaskWarning
-from .folders import CONFIG_FILE, Folder, refuse_fields
-from .projections import site_of_projections
-from .trained import TrainedAdapter
+from .trained import TrainedAdapter, site_of_projections
 
 WEIGHTS_FILE = "adapter.safetensors"
 PICKLES = ("pytorch_adapter.bin",)

@@ -8,12 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.adapter import ACTIVATIONS
+from ..core.hub import CONFIG_FILE, Folder
 from ..errors import ConfigError, FileFormatError
-from ..functional import ACTIVATIONS
 from . import adapterhub
-from .folders import CONFIG_FILE, Folder
-from .projections import site_of_projections
-from .trained import TrainedAdapter
+from .trained import TrainedAdapter, site_of_projections
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin",)

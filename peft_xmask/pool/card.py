@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .dtypes import dtype_name
+from ..core.files import dtype_name
 from .random import RandomAdapters
 from .trained import TrainedAdapters
 

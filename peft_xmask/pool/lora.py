@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.hub import CONFIG_FILE, Folder, refuse_fields
 from ..errors import ConfigError, FileFormatError
-from .folders import CONFIG_FILE, Folder, refuse_fields
 from .trained import SiteTensors, TrainedAdapter
 
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
+from ..core.files import dtype_name, require_storage_dtype
+from ..core.hub import HubOptions, find_folder
+from ..core.sites import Site
 from ..errors import ConfigError
-from ..sites import Site
 from . import bottleneck, lora, storage
-from .dtypes import dtype_name, require_storage_dtype
-from .folders import HubOptions, find_folder
 from .random import RandomAdapters
 from .slice import PoolSlice
 from .trained import TrainedAdapters, stack

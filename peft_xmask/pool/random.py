@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.files import require_storage_dtype
+from ..core.fingerprint import digest_of_facts
+from ..core.sites import Site
 from ..errors import ConfigError, PoolMismatchError
-from ..fingerprint import digest_of_facts
-from ..sites import Site
-from .dtypes import require_storage_dtype
-from .sharing import hold
-from .slice import PoolSlice
+from .slice import PoolSlice, hold
 
 STREAM_VERSION = 1
 """Part of the generator's key and of the fingerprint; another mapping from seeds to numbers gets another version."""

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.adapter import ACTIVATIONS
+from ..core.files import dtype_from_name, dtype_name, read_tensors, sha256_of_file, write_tensors, write_text
+from ..core.hub import Folder, upload
 from ..errors import ConfigError, FileFormatError, PoolMismatchError
-from ..files import dtype_from_name, read_tensors, sha256_of_file, write_tensors, write_text
-from ..functional import ACTIVATIONS
 from .card import model_card
-from .dtypes import dtype_name
-from .folders import Folder, upload
 from .random import RandomAdapters
-from .sharing import hold
+from .slice import hold
 from .trained import PARTS, SiteTensors, TrainedAdapters
 
 JSON_FILE = "pool.json"

@@ -13,8 +13,8 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from ..core.adapter_folder import ADAPTER_FILE
 from ..errors import ConfigError
-from ..size import ADAPTER_FILE
 from .card import card_for
 from .comparison import Comparison, Row
 from .count import stored_bytes, trained_numbers

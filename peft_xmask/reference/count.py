@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..size import ADAPTER_FILE, is_head_key
+from ..core.adapter_folder import ADAPTER_FILE, is_head_key
 from .card import Card, card_for
 from .sites import AdaptedSite, adapted_sites, base_of, blocks_of, host_of
 
@@ -49,7 +49,7 @@ def trained_numbers(model: nn.Module) -> int:
 
 def stored_bytes(folder: Path, saved_whole: Sequence[str] = ()) -> int:
     """Bytes of the method's own tensors in an adapter folder."""
-    from ..files import read_tensors
+    from ..core.files import read_tensors
 
     tensors, _ = read_tensors(folder / ADAPTER_FILE)
     return sum(tensor.nbytes for key, tensor in tensors.items() if not is_head_key(key, saved_whole))

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._peft import BaseTunerLayer
+from ..tuners.base.peft_private import BaseTunerLayer
 from .vocabulary import Workspace
 
 _Q, _K, _V = Workspace.ATTENTION_QUERY, Workspace.ATTENTION_KEY, Workspace.ATTENTION_VALUE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ..files import write_text
+from ..core.files import write_text
 from .card import Card, cards
 from .port import why_not_portable
 from .tables import markdown_table

@@ -15,7 +15,7 @@ from timing import Summary, in_turn, load_average, out, paired_ratio, print_json
 from transformers import BertConfig, BertModel
 
 from peft_xmask import ProfileBank, XPEFTConfig
-from peft_xmask.packing import pack_bits, pack_halves
+from peft_xmask.core.packing import pack_bits, pack_halves
 from peft_xmask.profiles import compare_banks, verify_bank
 
 SHAPE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, intermediate_size=3072)

@@ -37,7 +37,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import peft_xmask
 from peft_xmask import MagnitudeMaskConfig
-from peft_xmask.in_place import InPlaceLayer
+from peft_xmask.tuners.in_place.layer import InPlaceLayer
 
 DENSITY, SHIRA_DENSITY = 0.005, 1 / 256
 TARGETS = (

@@ -29,7 +29,7 @@ from transformers import AutoModel, AutoTokenizer, TrainingArguments
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peft_xmask import XPEFTConfig
-from peft_xmask.heads import mean_pool
+from peft_xmask.integrations.pooled_classifier import mean_pool
 from peft_xmask.profiles import train_profiles
 
 HERE = Path(__file__).resolve().parent

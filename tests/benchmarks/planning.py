@@ -14,7 +14,7 @@ from profiles_at_scale import bank_of, base_of
 from timing import out, print_json
 
 from peft_xmask import ProfileBank
-from peft_xmask.profiles.trained_bank import read_metrics, write_metrics
+from peft_xmask.training.trained_bank import read_metrics, write_metrics
 
 
 def traced(run):

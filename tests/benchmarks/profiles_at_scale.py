@@ -19,8 +19,8 @@ from timing import Summary, in_turn, load_average, out, paired_ratio, print_json
 from transformers import BertConfig, BertModel
 
 from peft_xmask import ProfileBank, XPEFTConfig
-from peft_xmask.packing import pack_bits, pack_halves
-from peft_xmask.profiles.combinatorial import decode, encode
+from peft_xmask.bank.combinatorial import decode, encode
+from peft_xmask.core.packing import pack_bits, pack_halves
 
 SHAPES = {
     "minilm": dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536),

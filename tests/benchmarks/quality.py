@@ -24,8 +24,8 @@ from quality_tasks import TASKS, base, load
 from timing import print_json, progress
 
 from peft_xmask import profile_size
-from peft_xmask.classify import TextClassifier
-from peft_xmask.train_settings import TrainSettings
+from peft_xmask.cli.classify import TextClassifier
+from peft_xmask.cli.train_settings import TrainSettings
 
 HEAD_RATE = 1e-2
 LADDER = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 
 from peft_xmask import XPEFTConfig
-from peft_xmask.classify import MakesOptimizer, adamw
+from peft_xmask.cli.classify import MakesOptimizer, adamw
 
 
 def nothing(model):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 from peft_xmask import AdapterPool, BottleneckConfig
-from peft_xmask.classify import TextClassifier
-from peft_xmask.train_settings import TrainSettings
+from peft_xmask.cli.classify import TextClassifier
+from peft_xmask.cli.train_settings import TrainSettings
 
 KEPT = Path(tempfile.gettempdir()) / "peft_xmask-quality-pools"
 SIZE, WIDTH = 100, 48

@@ -12,8 +12,8 @@ import time
 import numpy
 import torch
 
+from peft_xmask.core.sites import Site
 from peft_xmask.pool import AdapterPool
-from peft_xmask.sites import Site
 
 
 def seconds(make):

@@ -38,8 +38,8 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 
 import peft_xmask
 from peft_xmask import BottleneckConfig, XPEFTConfig
-from peft_xmask.layer import SiteLayer
-from peft_xmask.methods import method_config
+from peft_xmask.cli.methods import method_config
+from peft_xmask.tuners.sites.layer import SiteLayer
 
 LORA, HARD, SOFT = "LoRA r=8 q,v", "X-PEFT hard N=100 b=48", "X-PEFT soft N=100 b=48"
 BOTTLENECK, NO_BIAS, HEAD, BASE = "bottleneck b=48", "bottleneck b=48, no biases", "head only", "base"

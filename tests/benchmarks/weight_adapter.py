@@ -43,7 +43,7 @@ from transformers import RobertaConfig, RobertaModel
 
 import peft_xmask
 from peft_xmask import WeightAdapterConfig, profile_size
-from peft_xmask.targets import FFN_LINEAR
+from peft_xmask.tuners.base.targets import FFN_LINEAR
 
 BITFIT, PEANUT, LORA, BASE = "BitFit, same biases", "PEANuT r=16", "LoRA r=16", "base"
 BIAS, WEIGHT, MERGED = 'weight adapter, "bias"', 'weight adapter, "weight"', 'weight adapter, "bias", merged'

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from peft_xmask.cli import run
-from peft_xmask.corpus import docstring_corpus
+from peft_xmask.cli.corpus import docstring_corpus
 
 CHAPTERS = ("Structured Markup Processing Tools", "Numeric and Mathematical Modules", "Concurrent Execution")
 

@@ -3,7 +3,7 @@
 import re
 
 from peft_xmask.cli.demo import NAMES, Row, conclusion
-from peft_xmask.size import ProfileSize
+from peft_xmask.core.adapter_folder import ProfileSize
 
 
 def test_a_short_demo(cli_process, minilm, tmp_path):

@@ -5,10 +5,10 @@ import json
 import pytest
 from peft import PeftConfig
 
-from peft_xmask.classify import TextClassifier
+from peft_xmask.cli.classify import TextClassifier
 from peft_xmask.cli.data import label_names_of, number_labels, read_rows
-from peft_xmask.methods import HEAD_LEARNING_RATE, LEARNING_RATES, method_config
-from peft_xmask.train_settings import TrainSettings
+from peft_xmask.cli.methods import HEAD_LEARNING_RATE, LEARNING_RATES, method_config
+from peft_xmask.cli.train_settings import TrainSettings
 
 COLUMNS = ("--text", "doc", "--label", "chapter")
 QUICK = ("--max-steps", 3, "--batch-size", 8, "--max-length", 24)

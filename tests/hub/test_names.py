@@ -2,8 +2,8 @@
 
 import pytest
 
+from peft_xmask.core.hub import HubPath
 from peft_xmask.errors import ConfigError
-from peft_xmask.pool.folders import HubPath
 
 NAMES = {
     "owner/name": HubPath("owner/name"),

@@ -18,7 +18,7 @@ from peft_xmask import (
     XPEFTConfig,
     profile_size,
 )
-from peft_xmask.integrations.card import END, complete_card, complete_cards_of_peft
+from peft_xmask.tuners.base.model_card import END, complete_card, complete_cards_of_peft
 
 
 def xpeft(**fields) -> XPEFTConfig:

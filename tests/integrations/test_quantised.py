@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
 from peft_xmask.errors import MaskMismatchError, MergeError, TargetError
 from peft_xmask.integrations import export_lora
-from peft_xmask.magnitude_mask.quantised import dequantised_weight
+from peft_xmask.tuners.magnitude_mask.quantised import dequantised_weight
 
 TEXTS = ["Once upon a time, there was a little girl named Lily.", "Tom and his dog went to the park to play."]
 QUANTISATIONS = ["int8", "nf4", "nf4 in bfloat16", "torchao int8"]
@@ -302,7 +302,7 @@ def test_a_mask_dequantises_one_weight_at_a_time(scope, base, monkeypatch):
         peak = max(peak, sum(not each.expired() for each in made))
         return weight
 
-    monkeypatch.setattr("peft_xmask.magnitude_mask.model.dequantised_weight", noting)
+    monkeypatch.setattr("peft_xmask.tuners.magnitude_mask.model.dequantised_weight", noting)
     get_peft_model(base.load(), masked(scope=scope))
     assert len(made) >= 5
     assert peak == 1

@@ -13,7 +13,7 @@ from masked_models import values_of
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from peft_xmask.classify import TextClassifier
+from peft_xmask.cli.classify import TextClassifier
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "federated.py"
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from peft_xmask.errors import MaskMismatchError, TargetError
-from peft_xmask.magnitude_mask.mask import Candidate, Rule, make_mask, recover_mask
-from peft_xmask.magnitude_mask.random import distinct
+from peft_xmask.tuners.magnitude_mask.mask import Candidate, Rule, make_mask, recover_mask
+from peft_xmask.tuners.magnitude_mask.random import distinct
 
 
 def by_sorting(numbers, count, selection):

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import BertConfig, BertForSequenceClassification
 
-from peft_xmask.sites import Site
+from peft_xmask.core.sites import Site
 
 WIDTH, FFN, LAYERS = 16, 32, 2
 FFN_OUTPUTS = [f"bert.encoder.layer.{i}.output.dense" for i in range(LAYERS)]

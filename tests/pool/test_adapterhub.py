@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForSequenceClassification, BertModel, DistilBertConfig, DistilBertModel
 
+from peft_xmask.core.adapter import AdapterPair, adapt
+from peft_xmask.core.sites import Site
 from peft_xmask.errors import ConfigError, FileFormatError, PeftXMaskWarning
-from peft_xmask.functional import AdapterPair, adapt
 from peft_xmask.pool import AdapterPool
-from peft_xmask.sites import Site
 
 BERT = BertConfig(
     hidden_size=8,

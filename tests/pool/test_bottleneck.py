@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from peft_xmask.core.sites import Site
 from peft_xmask.errors import ConfigError, FileFormatError
 from peft_xmask.pool import AdapterPool
-from peft_xmask.sites import Site
 
 SITE = "bert.encoder.layer.1.output.dense"
 
@@ -76,8 +76,8 @@ def test_real_adapters_of_our_own_type_become_a_pool(tmp_path):
     from peft import get_peft_model
     from transformers import BertConfig, BertModel
 
-    from peft_xmask.bottleneck import BottleneckConfig
-    from peft_xmask.functional import AdapterPair, adapt
+    from peft_xmask.core.adapter import AdapterPair, adapt
+    from peft_xmask.tuners.bottleneck import BottleneckConfig
 
     config = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=30)
     folders, models = [], []

@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from peft_xmask.core.sites import Site
 from peft_xmask.errors import ConfigError, FileFormatError, PoolMismatchError
 from peft_xmask.pool import AdapterPool
-from peft_xmask.sites import Site
 
 
 def lora_sites(model):

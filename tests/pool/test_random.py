@@ -6,9 +6,9 @@ import weakref
 import pytest
 import torch
 
+from peft_xmask.core.sites import Site
 from peft_xmask.errors import ConfigError, PoolMismatchError
 from peft_xmask.pool import AdapterPool
-from peft_xmask.sites import Site
 
 SITES = [Site(f"layer.{i}", 20, 12) for i in range(3)]
 

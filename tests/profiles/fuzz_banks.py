@@ -12,7 +12,7 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["peft_xmask.profiles", "peft_xmask.packing", "peft_xmask.files"]):
+with atheris.instrument_imports(include=["peft_xmask.profiles", "peft_xmask.core.packing", "peft_xmask.core.files"]):
     from peft_xmask.profiles import ProfileBank, verify_bank
 
 import torch

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, safe_open, save_file
 
+from peft_xmask.bank.storage import BITS, GAIN_BITS
 from peft_xmask.errors import (
     BaseMismatchError,
     ConfigError,
@@ -21,7 +22,6 @@ from peft_xmask.errors import (
     PoolMismatchError,
 )
 from peft_xmask.profiles import Profile, ProfileBank
-from peft_xmask.profiles.storage import BITS, GAIN_BITS
 
 MODEL = "adapter_model.safetensors"
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_xmask.bank.combinatorial import coded_size, decode, encode
+from peft_xmask.core.packing import pack_bits, unpack_bits
 from peft_xmask.errors import MaskFormatError
-from peft_xmask.packing import pack_bits, unpack_bits
-from peft_xmask.profiles.combinatorial import coded_size, decode, encode
 
 
 def masks(profiles: int, sites: int, num_adapters: int, top_k: int, seed: int = 0) -> torch.Tensor:

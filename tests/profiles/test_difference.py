@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from peft_xmask.core.packing import pack_halves
 from peft_xmask.errors import ConfigError
-from peft_xmask.packing import pack_halves
 from peft_xmask.profiles import Change, Profile, ProfileBank, compare_banks
 
 

@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from peft_xmask.bank.storage import BITS
+from peft_xmask.core.files import read_tensors
 from peft_xmask.errors import FileFormatError, PeftXMaskError
-from peft_xmask.files import read_tensors
 from peft_xmask.profiles import ProfileBank, verify_bank
-from peft_xmask.profiles.storage import BITS
 
 MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 fuzzed = settings(

@@ -18,7 +18,7 @@ from peft import get_peft_model
 
 from peft_xmask.errors import ConfigError, FleetError, MissingExtraError
 from peft_xmask.profiles import ProfileBank, RayFleet, train_profiles
-from peft_xmask.profiles.shards import cut, own_examples
+from peft_xmask.training.shards import cut, own_examples
 
 SCRIPT = Path(__file__).with_name("sharded.py")
 spec = importlib.util.spec_from_file_location("sharded", SCRIPT)

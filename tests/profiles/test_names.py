@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_xmask.bank.names import NameIndex
 from peft_xmask.errors import ConfigError, FileFormatError
-from peft_xmask.profiles.names import NameIndex
 
 names_of_profiles = st.lists(
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(lambda name: name != "__base__"), unique=True
@@ -35,7 +35,7 @@ def test_the_layout_is_pinned():
 
 
 def test_names_whose_hashes_are_equal_are_told_apart(monkeypatch):
-    monkeypatch.setattr("peft_xmask.profiles.names.hash_of", lambda encoded: 7)
+    monkeypatch.setattr("peft_xmask.bank.names.hash_of", lambda encoded: 7)
     index = NameIndex.build(["a", "b", "c"])
     assert [index.find(name) for name in "abcd"] == [0, 1, 2, None]
     with pytest.raises(ConfigError, match="'b' for rows 1 and 3"):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from peft_xmask.core.packing import pack_bits
 from peft_xmask.errors import ConfigError, MissingExtraError
-from peft_xmask.packing import pack_bits
 from peft_xmask.profiles import Profile, ProfileBank
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib")
 
-from peft_xmask.profiles.plot import mean_weights, plot_bytes, plot_map, plot_masks, plot_usage
+from peft_xmask.bank.plot import mean_weights, plot_bytes, plot_map, plot_masks, plot_usage
 
 
 @pytest.fixture

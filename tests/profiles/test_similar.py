@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_xmask.bank.similar import differing_bits
+from peft_xmask.core.packing import unpack_bits
 from peft_xmask.errors import ConfigError
-from peft_xmask.packing import unpack_bits
 from peft_xmask.profiles import Neighbour, ProfileBank
-from peft_xmask.profiles.similar import differing_bits
 
 
 def counted(bank: ProfileBank, name: str) -> list[Neighbour]:

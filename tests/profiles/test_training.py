@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 from peft_xmask import XPEFTConfig
 from peft_xmask.errors import BaseMismatchError, ConfigError
 from peft_xmask.profiles import ProfileBank, train_profiles
-from peft_xmask.profiles.profile_trainer import STATE_FILE
+from peft_xmask.training.trainer import STATE_FILE
 
 SCRIPT = Path(__file__).with_name("taught.py")
 spec = importlib.util.spec_from_file_location("taught", SCRIPT)

@@ -6,9 +6,9 @@ from peft import get_peft_model
 
 from peft_xmask import XPEFTConfig
 from peft_xmask.errors import ConfigError
-from peft_xmask.paging import lazy_zeros
 from peft_xmask.profiles import RowAdamW
-from peft_xmask.profiles.sampler import ProfileBatchSampler, draws_per_epoch
+from peft_xmask.training.sampler import ProfileBatchSampler, draws_per_epoch
+from peft_xmask.tuners.base.state import lazy_zeros
 
 
 def model_of(tiny_bert, profiles: int):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, safe_open, save_file
 
+from peft_xmask.bank.names import NameIndex
+from peft_xmask.bank.storage import BITS, GAIN_BITS
 from peft_xmask.errors import ConfigError
 from peft_xmask.profiles import ProfileBank, verify_bank
-from peft_xmask.profiles.names import NameIndex
-from peft_xmask.profiles.storage import BITS, GAIN_BITS
 
 MODEL = "adapter_model.safetensors"
 

@@ -5,8 +5,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from peft_xmask.functional import ACTIVATIONS
-from peft_xmask.weight_adapter import WeightAdapterLayer
+from peft_xmask.core.adapter import ACTIVATIONS
+from peft_xmask.tuners.weight_adapter import WeightAdapterLayer
 
 
 def logits(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -104,7 +104,7 @@ def test_micro_batches_add_up_and_a_graph_can_be_walked_twice():
 
 
 def test_the_change_is_computed_once_for_each_step(monkeypatch):
-    from peft_xmask.weight_adapter.product import Product
+    from peft_xmask.tuners.weight_adapter.product import Product
 
     computed = []
     value = Product.value

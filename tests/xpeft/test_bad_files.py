@@ -9,13 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_xmask import AdapterPool, XPEFTConfig
-from peft_xmask.errors import (
-    BaseMismatchError,
-    FileFormatError,
-    MaskFormatError,
-    PoolMismatchError,
-    TargetError,
-)
+from peft_xmask.errors import BaseMismatchError, FileFormatError, MaskFormatError, PoolMismatchError, TargetError
 
 FILE = "adapter_model.safetensors"
 BITS = "base_model.model.mask_table.xpeft_bits.weight"

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2Model
 
 from peft_xmask import BottleneckConfig, XPEFTConfig
 from peft_xmask.errors import ConfigError, MergeError
-from peft_xmask.xpeft import MaskTable
+from peft_xmask.tuners.xpeft import MaskTable
 
 
 def xpeft(**kwargs) -> XPEFTConfig:

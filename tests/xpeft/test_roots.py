@@ -5,9 +5,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_xmask import AdapterPool, BottleneckConfig, XPEFTConfig
+from peft_xmask.core.sites import partners
 from peft_xmask.errors import PoolMismatchError
-from peft_xmask.heads import MeanPooledClassifier
-from peft_xmask.sites import partners
+from peft_xmask.integrations.pooled_classifier import MeanPooledClassifier
 
 NAMES = ["encoder.layer.0.output.dense", "encoder.layer.1.output.dense"]
 

@@ -10,16 +10,7 @@ from peft import PeftConfig
 from ..card import add_card, in_float32
 from ..formula import call, floor, per_site, smaller, symbols
 from ..vocabulary import InputType, IntegrationForm, InterConnectivity
-from .kinds import (
-    ALL_LINEAR,
-    INTER_UNCHECKED,
-    SCALED,
-    WEIGHT_CHANGE,
-    bias,
-    d_in,
-    d_out,
-    r,
-)
+from .kinds import ALL_LINEAR, INTER_UNCHECKED, SCALED, WEIGHT_CHANGE, bias, d_in, d_out, r
 
 use_dora, lora_bias, init_r, hybrid_r, para, depth = symbols("use_dora lora_bias init_r hybrid_r para depth")
 num_subspaces, subspace_rank, block_size = symbols("num_subspaces subspace_rank block_size")

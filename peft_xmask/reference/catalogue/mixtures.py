@@ -9,13 +9,7 @@ from peft import PeftConfig
 
 from ..card import add_card, in_float32
 from ..formula import once, per_site, symbols
-from ..vocabulary import (
-    IntegrationForm,
-    InterConnectivity,
-    ParametersAdapted,
-    ParameterSharing,
-    Workspace,
-)
+from ..vocabulary import IntegrationForm, InterConnectivity, ParametersAdapted, ParameterSharing, Workspace
 from .kinds import INTER_UNCHECKED, WEIGHT_CHANGE, d_in, d_out, r
 
 num_B, stride_A, n_tasks, n_skills, n_splits = symbols("num_B stride_A n_tasks n_skills n_splits")

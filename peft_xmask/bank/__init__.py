@@ -1,0 +1,1 @@
+"""Banks: very many profiles by name."""

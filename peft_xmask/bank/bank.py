@@ -1,0 +1,268 @@
+"""Very many profiles of one pool and base, in one folder."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+
+from ..core.hub import HubOptions, find_folder, upload
+from ..errors import ConfigError
+from ..tuners.xpeft.model import find_table
+from .archive import read_archive, write_archive
+from .compatibility import check_alike
+from .merging import write_merged
+from .profile import Profile
+from .rows import BankRows
+from .serving import put_in_place, serve, served_content
+from .similar import Neighbour, similar
+from .storage import BITS, FILENAMES, GAIN_BITS, open_bank, read_config
+
+
+class ProfileBank(BankRows):
+    """Profiles by name, mapped from disk: opening a bank of a million reads two headers.
+
+    Its folder is an X-PEFT adapter with P rows, which plain ``PeftModel.from_pretrained`` loads too. Adding and
+    removing change the bank in memory, at a cost that does not depend on how many profiles there are;
+    :meth:`save_pretrained` writes them.
+
+    Arguments and errors are those of :class:`~peft_xmask.bank.rows.BankRows`.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        where: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> ProfileBank:
+        """Open a bank: a folder, or a repository of the Hub.
+
+        An ordinary X-PEFT adapter opens too; its rows are then called ``"0"``, ``"1"`` and so on.
+
+        Raises:
+            ConfigError: no such folder or repository.
+            FileFormatError: files that are missing or damaged, or do not belong together.
+        """
+        folder = find_folder(where, FILENAMES, HubOptions(revision, token, cache_dir), subfolder)
+        config = read_config(folder)
+        content = open_bank(folder)
+        config.num_profiles = len(content.bits)  # the file of masks is written before the config, and says what is so
+        names = content.names or [str(row) for row in range(len(content.bits))]
+        return cls(config, content.bits, content.gain_bits, names, content.shared)
+
+    @classmethod
+    def from_model(cls, model: Any, names: Sequence[str] | None = None) -> ProfileBank:
+        """A bank of what a model's active X-PEFT adapter holds now.
+
+        Args:
+            names: of its rows, in order; None: ``"0"``, ``"1"`` and so on.
+
+        Raises:
+            ConfigError: no such adapter, names that cannot be, or another number of them than of rows.
+        """
+        table = find_table(model)
+        name = next((name for name in model.active_adapters if name in table.specs), None)
+        if name is None:
+            raise ConfigError("Expected a PEFT model whose active adapter is one of X-PEFT, found none.")
+        state = get_peft_model_state_dict(model, adapter_name=name)
+        shared = {key: tensor.cpu().clone() for key, tensor in state.items() if key not in (BITS, GAIN_BITS)}
+        bits, gain_bits = state[BITS].cpu(), state.get(GAIN_BITS)
+        return cls(
+            copy.copy(model.peft_config[name]),
+            bits,
+            None if gain_bits is None else gain_bits.cpu(),
+            names if names is not None else [str(row) for row in range(len(bits))],
+            shared,
+        )
+
+    @classmethod
+    def from_profiles(cls, profiles: Mapping[str, str | os.PathLike[str] | nn.Module]) -> ProfileBank:
+        """A bank of adapters of one profile each: folders, or models that hold one.
+
+        Raises:
+            ConfigError, BaseMismatchError, PoolMismatchError: there is none, or they do not belong together.
+        """
+        if not profiles:
+            raise ConfigError("Expected at least one profile to make a bank of, found none.")
+        first = _single(next(iter(profiles.values())))
+        bank = cls(first.config, first._bits[:0], None if first._gain_bits is None else first._gain_bits[:0], [])
+        bank.shared = first.shared
+        for name, source in profiles.items():
+            bank.add(name, source)
+        return bank
+
+    def __repr__(self) -> str:
+        spec = self.spec
+        return (
+            f"ProfileBank({len(self):,} profiles, {spec.num_sites} sites, {spec.mask_type} masks over "
+            f"{spec.num_adapters} adapters, pool {self.config.pool_fingerprint})"
+        )
+
+    def add(self, name: str, profile: Profile | str | os.PathLike[str] | nn.Module) -> None:
+        """Enter a profile, or put another one in the place of that of this name.
+
+        Args:
+            profile: masks; or the folder of an adapter with one profile, or a model that has one (its active adapter),
+                whose pool, base and settings must be those of the bank. A head that comes with it must be the bank's.
+
+        Raises:
+            ConfigError: a name that cannot be, several profiles, other settings, or another head.
+            BaseMismatchError, PoolMismatchError, MaskFormatError: it does not belong here.
+        """
+        if not isinstance(profile, Profile):
+            other = _single(profile)
+            check_alike(self, other)
+            profile = other[next(iter(other))]
+        self.put(name, profile)
+
+    def select(self, names: Iterable[str]) -> ProfileBank:
+        """A bank of some of the profiles, in this order.
+
+        Raises:
+            KeyError: no such profile.
+            ConfigError: a name comes twice.
+        """
+        wanted = list(names)
+        bits, gain_bits = self.pick(wanted)
+        config = copy.copy(self.config)
+        config.num_profiles = len(bits)
+        return ProfileBank(config, bits, gain_bits, wanted, self.shared)
+
+    def similar(self, name: str, count: int = 10) -> list[Neighbour]:
+        """The profiles whose masks differ from those of one in the fewest bits: nearest first, equals in bank order.
+
+        Every profile is compared, in blocks; gains are not.
+
+        Args:
+            name: of the profile whose neighbours are wanted; it is not one of them.
+            count: of neighbours.
+
+        Raises:
+            KeyError: no such profile.
+            ConfigError: soft masks, or a count below 1.
+        """
+        return similar(self, name, count)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the bank, also over itself: whoever holds the old one goes on with it, and a crash leaves it whole.
+
+        Raises:
+            LockedError: another process is writing there.
+        """
+        write_merged([self], Path(folder))
+
+    def save_archive(self, path: str | os.PathLike[str]) -> None:
+        """Write the bank as one file, hard masks at the information bound: smaller, and to be decoded before use.
+
+        Raises:
+            ConfigError: soft masks, which have no such bound.
+        """
+        write_archive(self, Path(path))
+
+    @classmethod
+    def from_archive(cls, path: str | os.PathLike[str]) -> ProfileBank:
+        """Read a bank from :meth:`save_archive`, into memory.
+
+        Raises:
+            FileFormatError, MaskFormatError: it is damaged, or something else.
+        """
+        return cls(*read_archive(Path(path)))
+
+    @classmethod
+    def merge(
+        cls, banks: Sequence[ProfileBank | str | os.PathLike[str]], folder: str | os.PathLike[str]
+    ) -> ProfileBank:
+        """Write several banks as one and open it. Masks stream from file to file; names are held in memory.
+
+        Raises:
+            ConfigError: no banks, a name in two of them, other settings, or other heads.
+            BaseMismatchError, PoolMismatchError: they do not belong together.
+            LockedError: another process is writing there.
+        """
+        opened = [bank if isinstance(bank, ProfileBank) else cls.from_pretrained(bank) for bank in banks]
+        if not opened:
+            raise ConfigError("Expected at least one bank to merge, found none.")
+        for other in opened[1:]:
+            check_alike(opened[0], other)
+        write_merged(opened, Path(folder))
+        return cls.from_pretrained(folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+    ) -> str:
+        """Upload the bank in one commit; the commit's address.
+
+        Raises:
+            ConfigError: the token may not write there, or there is none.
+        """
+        address, _ = upload(
+            self.save_pretrained,
+            repo_id,
+            what="bank",
+            filenames=FILENAMES,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message or f"Upload a bank of {len(self)} profiles",
+        )
+        return address
+
+    def attach(self, model: nn.Module, adapter_name: str = "bank") -> PeftModel:
+        """Serve the bank: an X-PEFT adapter of P rows, whose masks stay where the bank has them.
+
+        Then ``model.set_profile("alice")`` chooses for whole batches, ``adapter_names=["alice", "bob", "__base__"]``
+        for each example. Names are those of this moment: profiles added to the bank later are not known to the model.
+
+        Args:
+            model: the base, or a PeftModel on it that does not have an adapter of this name.
+
+        Raises:
+            ConfigError: an adapter of this name exists, or the bank is empty.
+            BaseMismatchError, PoolMismatchError: the bank is of another base or pool.
+        """
+        self._refuse_empty()
+        return serve(model, adapter_name, self.config, self.content())
+
+    def replace(self, model: PeftModel, adapter_name: str = "bank") -> None:
+        """Serve this bank in the place of the one that an adapter of the model serves, at the same cost for any P.
+
+        To be called between forward passes. A profile that was chosen with ``set_profile`` has to be chosen again.
+
+        Raises:
+            ConfigError: the adapter serves no bank, or this one is empty or has other settings or another head.
+            BaseMismatchError, PoolMismatchError: it is of another base or pool.
+        """
+        self._refuse_empty()
+        old = served_content(model, adapter_name)
+        config: Any = model.peft_config[adapter_name]
+        check_alike(ProfileBank(config, old.bits, old.gain_bits, old.names or [], old.shared), self)
+        put_in_place(model, adapter_name, self.content())
+
+    def _refuse_empty(self) -> None:
+        if not len(self):
+            raise ConfigError("Expected a bank with profiles, found an empty one.")
+
+
+def _single(source: str | os.PathLike[str] | nn.Module) -> ProfileBank:
+    """A bank of the one profile of an adapter."""
+    bank = ProfileBank.from_model(source) if isinstance(source, nn.Module) else ProfileBank.from_pretrained(source)
+    if len(bank) != 1:
+        raise ConfigError(
+            f"Expected an adapter with one profile, found {len(bank)}. Merge banks with ProfileBank.merge."
+        )
+    return bank

@@ -1,0 +1,112 @@
+"""What one bank has and another has not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .bank import ProfileBank
+from .compatibility import same_tensors
+from .similar import as_rows, differing_bits
+from .storage import in_blocks
+
+FIELDS = (
+    "base_model_name_or_path", "base_fingerprint", "pool_fingerprint", "num_adapters", "bottleneck_size", "mask_type",
+    "top_k", "mask_norm", "scale", "learn_gain", "activation", "layer_norm", "insertion_form",
+)  # fmt: skip
+"""Settings that are compared."""
+
+
+class Change(NamedTuple):
+    """A profile that both banks have, and that is not the same in both.
+
+    Attributes:
+        name: of the profile.
+        bits: of its masks that differ.
+        gains: that differ.
+    """
+
+    name: str
+    bits: int
+    gains: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What differs between two banks.
+
+    Attributes:
+        added: names that only the new one has.
+        removed: names that only the old one has.
+        changed: profiles that differ, in the order of the new one.
+        unchanged: how many profiles are the same.
+        settings: fields of the configs that differ, with the old and the new value.
+        same_shared: whether the head that all profiles share is the same.
+    """
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    changed: tuple[Change, ...]
+    unchanged: int
+    settings: dict[str, tuple[Any, Any]]
+    same_shared: bool
+
+    def __bool__(self) -> bool:
+        """Whether there is a difference; the order of profiles is none."""
+        return bool(self.added or self.removed or self.changed or self.settings or not self.same_shared)
+
+
+def compare_banks(old: ProfileBank, new: ProfileBank) -> Difference:
+    """Compare two banks by the names of their profiles.
+
+    Raises:
+        ConfigError: their masks are of different sizes, or only one has gains.
+    """
+    if old.spec.bits_shape[1:] != new.spec.bits_shape[1:] or old.spec.learn_gain != new.spec.learn_gain:
+        raise ConfigError(
+            f"Expected banks whose masks are of one size, found {old!r} with gains: {old.spec.learn_gain}, and {new!r} "
+            f"with gains: {new.spec.learn_gain}. There is nothing to compare bit by bit."
+        )
+    places = {name: place for place, name in enumerate(old)}
+    pairs, names, added = [], [], []
+    for place, name in enumerate(new):
+        other = places.pop(name, None)
+        if other is None:
+            added.append(name)
+        else:
+            pairs.append((other, place))
+            names.append(name)
+    changed = _changes(old, new, names, torch.tensor(pairs, dtype=torch.long).view(-1, 2))
+    settings = {
+        field: (getattr(old.config, field), getattr(new.config, field))
+        for field in FIELDS
+        if getattr(old.config, field) != getattr(new.config, field)
+    }
+    same = same_tensors(old.shared, new.shared)
+    return Difference(tuple(added), tuple(places), changed, len(names) - len(changed), settings, same)
+
+
+def _changes(old: ProfileBank, new: ProfileBank, names: list[str], pairs: Tensor) -> tuple[Change, ...]:
+    """Profiles that differ. Shapes: ``pairs [C, 2]``, the rows of each name in both banks."""
+    before, after = old.content(), new.content()
+    bits = _differing(before.bits, after.bits, pairs)
+    gains = np.zeros_like(bits)
+    if before.gain_bits is not None and after.gain_bits is not None:
+        gains = _differing(before.gain_bits, after.gain_bits, pairs, whole=True)
+    rows = np.flatnonzero(bits + gains)
+    return tuple(Change(names[row], int(bits[row]), int(gains[row])) for row in rows.tolist())
+
+
+def _differing(old: Tensor, new: Tensor, pairs: Tensor, whole: bool = False) -> Any:
+    """How many bits differ in each pair of rows, or how many half-precision numbers. Long ``[C]``."""
+    parts = [np.empty(0, dtype=np.int64)]
+    for first, second in zip(in_blocks(old, pairs[:, 0]), in_blocks(new, pairs[:, 1]), strict=True):
+        one, other = as_rows(first), as_rows(second)
+        found = (one.view("<u2") != other.view("<u2")).sum(-1) if whole else differing_bits(one, other)
+        parts.append(found.astype(np.int64))
+    return np.concatenate(parts)

@@ -1,0 +1,64 @@
+"""A bank's rows as an adapter of a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from ..errors import ConfigError
+from ..tuners.xpeft import XPEFTConfig
+from ..tuners.xpeft.model import find_table
+from .names import NameIndex
+from .storage import BITS, GAIN_BITS, Content
+
+
+def serve(model: nn.Module, adapter_name: str, config: XPEFTConfig, content: Content) -> PeftModel:
+    """Add an adapter whose masks stay where they are. It is made with one row, so that nothing is drawn for the others.
+
+    Raises:
+        ConfigError: an adapter of this name exists.
+        BaseMismatchError, PoolMismatchError: the profiles are of another base or pool.
+    """
+    config = copy.copy(config)
+    config.num_profiles, config.inference_mode = 1, True
+    if isinstance(model, PeftModel):
+        if adapter_name in model.peft_config:
+            raise ConfigError(f"The model has an adapter '{adapter_name}' already. Choose another adapter_name.")
+        model.add_adapter(adapter_name, config)
+        model.set_adapter(adapter_name, inference_mode=True)
+    else:
+        model = get_peft_model(model, config, adapter_name=adapter_name)
+    first = {BITS: content.bits[:1]}
+    if content.gain_bits is not None:
+        first[GAIN_BITS] = content.gain_bits[:1]
+    set_peft_model_state_dict(model, {**content.shared, **first}, adapter_name=adapter_name)
+    put_in_place(model, adapter_name, content)
+    return model.eval()
+
+
+def put_in_place(model: PeftModel, adapter_name: str, content: Content) -> None:
+    """Let an adapter that is not trained have these rows, whatever it had before. Nothing is copied."""
+    served: Any = model.peft_config[adapter_name]
+    served.num_profiles = len(content.bits)
+    assert content.names is not None
+    find_table(model).serve(adapter_name, content.bits, content.gain_bits, content.names)
+
+
+def served_content(model: PeftModel, adapter_name: str) -> Content:
+    """What an adapter serves now.
+
+    Raises:
+        ConfigError: it serves no bank.
+    """
+    table = find_table(model)
+    names = table.names.get(adapter_name)
+    if not isinstance(names, NameIndex):
+        raise ConfigError(
+            f"Expected an adapter '{adapter_name}' that serves a bank, found none. Attach the bank first."
+        )
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    shared = {key: tensor.cpu() for key, tensor in state.items() if key not in (BITS, GAIN_BITS)}
+    return Content(state[BITS], state.get(GAIN_BITS), shared, names)

@@ -1,0 +1,196 @@
+"""Whether a bank is whole: every row and name of it, in bulk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..core.hub import CONFIG_FILE, Folder, HubOptions, find_folder
+from ..errors import FileFormatError
+from ..tuners.xpeft.spec import MaskSpec
+from .bank import ProfileBank
+from .names import BASE, MAX_BYTES, NameIndex, hash_of
+from .similar import differing_bits
+from .storage import FILENAMES, in_blocks, names_file
+
+SHOWN = 20
+"""Problems that are described; all of them are counted."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong with a bank.
+
+    Attributes:
+        text: what was found and what was expected.
+        row: that it is in; None: the bank as a whole.
+        name: of the profile, if it can be read.
+    """
+
+    text: str
+    row: int | None = None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        if self.row is None:
+            return self.text
+        return f"row {self.row} ({'no readable name' if self.name is None else repr(self.name)}): {self.text}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a check of a bank found.
+
+    Attributes:
+        profiles: that were checked; None if the bank cannot be opened.
+        total: problems.
+        problems: the first :data:`SHOWN` of them.
+    """
+
+    profiles: int | None
+    total: int
+    problems: tuple[Problem, ...]
+
+
+def verify_bank(where: str | os.PathLike[str]) -> Verification:
+    """Check a bank's files as docs/bank-format.md says: all masks, gains and names, and that they belong together.
+
+    Args:
+        where: folder or Hub repository of a bank, or the file of an archive.
+
+    Raises:
+        ConfigError: there is no such thing.
+    """
+    folder = None if Path(where).is_file() else find_folder(where, FILENAMES, HubOptions())
+    try:
+        bank = ProfileBank.from_archive(where) if folder is None else ProfileBank.from_pretrained(folder.path)
+    except FileFormatError as error:
+        return Verification(None, 1, (Problem(str(error)),))
+    problems = chain(() if folder is None else folder_problems(folder, bank), bank_problems(bank))
+    first = tuple(islice(problems, SHOWN))
+    return Verification(len(bank), len(first) + sum(1 for _ in problems), first)
+
+
+def folder_problems(folder: Folder, bank: ProfileBank) -> Iterator[Problem]:
+    """What does not belong together, though each file opens."""
+    said = folder.read_json(CONFIG_FILE).get("num_profiles")
+    if said != len(bank):
+        yield Problem(
+            f"Expected num_profiles={len(bank)} in {CONFIG_FILE}, as there are masks, found {said!r}. Save it again."
+        )
+    expected = names_file(bank.name_index())
+    if list(folder.path.glob("profiles-*.safetensors")) and not (folder.path / expected).is_file():
+        yield Problem(f"Expected the names in {expected}, as their digest says, found no such file. Save it again.")
+
+
+def bank_problems(bank: ProfileBank) -> Iterator[Problem]:
+    """What is wrong with the masks, gains and names of a bank."""
+    content = bank.content()
+    assert content.names is not None
+    rows = (mask_problems(bank.spec, content.bits), gain_problems(content.gain_bits), name_problems(content.names))
+    for row, text in chain.from_iterable(rows):
+        yield Problem(text, row, None if row is None else _readable(content.names, row))
+
+
+def mask_problems(spec: MaskSpec, bits: Tensor) -> Iterator[tuple[int | None, str]]:
+    """Rows whose masks are not of the kind that is said, and how.
+
+    Shapes: ``bits [P, 2, S, W]``.
+    """
+    row = 0
+    for block in in_blocks(bits, None):
+        masks = np.ascontiguousarray(block.flatten(1, 2).numpy())
+        wrong = _wrong_hard(masks, spec) if spec.mask_type == "hard" else np.asarray(_infinite(masks).any(-1))
+        for where in np.flatnonzero(wrong.any(-1)).tolist():
+            side, site = divmod(int(np.flatnonzero(wrong[where])[0]), spec.num_sites)
+            said = "finite logits, found NaN or infinity"
+            if spec.mask_type == "hard":
+                ones = int(np.bitwise_count(masks[where, side * spec.num_sites + site]).sum())
+                said = f"exactly top_k={spec.top_k} ones in its {spec.num_adapters} bits, found {ones}"
+                said += f" in {masks.shape[-1]} bytes" if ones == spec.top_k else ""
+            which = f"the {('down', 'up')[side]}-mask of site {site}"
+            yield row + where, f"expected {which} with {said} ({int(wrong[where].sum())} masks of this row are wrong)"
+        row += len(block)
+
+
+def gain_problems(gain_bits: Tensor | None) -> Iterator[tuple[int | None, str]]:
+    """Rows with gains that are not numbers. Shapes: ``gain_bits [P, S, 2]``."""
+    row = 0
+    for block in () if gain_bits is None else in_blocks(gain_bits, None):
+        wrong = np.asarray(_infinite(np.ascontiguousarray(block.numpy())).any(-1))
+        for where in np.flatnonzero(wrong.any(-1)).tolist():
+            site = int(np.flatnonzero(wrong[where])[0])
+            yield row + where, f"expected a finite gain at site {site}, found NaN or infinity"
+        row += len(block)
+
+
+def name_problems(index: NameIndex) -> Iterator[tuple[int | None, str]]:
+    """What is wrong with names, row by row, and with the order they are looked up in."""
+    tensors = {name: tensor.numpy() for name, tensor in index.tensors.items()}
+    ends, rows, hashes = tensors["ends"], tensors["rows"], tensors["hashes"]
+    encoded = []
+    for row, (start, end) in enumerate(pairwise(chain([0], ends.tolist()))):
+        encoded.append(tensors["names"][max(start, 0) : max(end, 0)].tobytes())
+        if not 0 <= start < end <= len(tensors["names"]):
+            yield row, f"expected a name, found the bytes {start} to {end} of {len(tensors['names'])}"
+        elif (text := _not_a_name(encoded[-1])) is not None:
+            yield row, text
+    if not np.array_equal(np.sort(rows), np.arange(len(index))):
+        yield None, "Expected every row once in the order of the hashes, found some missing. Write the names again."
+        return
+    if not (hashes[:-1] <= hashes[1:]).all() or np.any((rows[:-1] >= rows[1:]) & (hashes[:-1] == hashes[1:])):
+        yield None, "Expected the hashes of names in ascending order, equal ones by row. Write the names again."
+    said = np.empty_like(hashes)
+    said[rows] = hashes
+    true = np.fromiter((hash_of(name) for name in encoded), dtype=np.int64, count=len(encoded))
+    for row in np.flatnonzero(said != true).tolist():
+        yield row, f"expected the hash {true[row]} of its name, found {said[row]}: the name would not be found"
+    yield from _twins(encoded, true)
+
+
+def _twins(encoded: list[bytes], hashes: NDArray[np.int64]) -> Iterator[tuple[int, str]]:
+    order = np.argsort(hashes, kind="stable")
+    alike = np.flatnonzero(hashes[order][:-1] == hashes[order][1:])
+    first: dict[bytes, int] = {}
+    for row in sorted({int(order[place + step]) for place in alike.tolist() for step in (0, 1)}):
+        if first.setdefault(encoded[row], row) != row:
+            yield row, f"expected each name once, found it in row {first[encoded[row]]} too"
+
+
+def _not_a_name(encoded: bytes) -> str | None:
+    if len(encoded) > MAX_BYTES:
+        return f"expected a name of at most {MAX_BYTES} bytes, found one of {len(encoded)}"
+    try:
+        name = encoded.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return f"expected its name in UTF-8, found other bytes: {error}"
+    return f"expected the name of a profile, found {BASE!r}, which means none" if name == BASE else None
+
+
+def _wrong_hard(masks: NDArray[np.uint8], spec: MaskSpec) -> NDArray[Any]:
+    """``[rows, M, W]`` -> ``[rows, M]``: masks with another number of ones, or ones beyond the last adapter."""
+    rows, count, width = masks.shape
+    ones = differing_bits(masks.reshape(-1, width), np.zeros(width, dtype=np.uint8)).reshape(rows, count)
+    unused = 8 * width - spec.num_adapters
+    padding = masks[..., -1] >> (8 - unused) if unused else np.zeros((rows, count), dtype=np.uint8)
+    return np.asarray((ones != spec.top_k) | (padding != 0))
+
+
+def _infinite(halves: NDArray[np.uint8]) -> NDArray[Any]:
+    """Whether half-precision numbers are NaN or infinity. ``[..., 2 * M]`` bytes -> ``[..., M]``."""
+    return np.asarray((halves.view("<u2") & 0x7C00) == 0x7C00)
+
+
+def _readable(index: NameIndex, row: int) -> str | None:
+    try:
+        return index.name(row)
+    except FileFormatError:
+        return None

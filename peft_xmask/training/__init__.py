@@ -1,0 +1,1 @@
+"""Training very many profiles in one run."""

@@ -1,0 +1,95 @@
+"""Losses of each profile on its own examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from . import distributed as ranks
+
+ExampleLoss = Callable[[Any, Any], Tensor]
+"""Called with a model's outputs and the batch; gives a loss for each example, ``[B]``, lower being better."""
+
+
+def example_losses(outputs: Any, batch: Any, *, causal: bool = False) -> Tensor:
+    """Loss of each example of a batch, from ``outputs.logits`` and ``batch["labels"]``.
+
+    Whole-numbered labels: mean cross-entropy in nats over an example's labels that are not -100; ``logits [B, C]`` with
+    ``labels [B]``, or ``logits [B, T, C]`` with ``labels [B, T]`` (``causal``: position t predicts label t + 1).
+    Real-numbered labels ``[B]``: squared error of ``logits [B, 1]``.
+
+    Raises:
+        ConfigError: other labels.
+    """
+    labels, logits = batch.get("labels"), outputs.logits
+    if labels is None or not (
+        (labels.dim() in (1, 2) and not labels.is_floating_point() and logits.dim() == labels.dim() + 1)
+        or (labels.is_floating_point() and logits.numel() == labels.numel() == len(labels))
+    ):
+        found = "no labels" if labels is None else f"labels {labels.dtype} {tuple(labels.shape)}"
+        raise ConfigError(
+            f"Expected labels whose loss is known for each example, found {found} with logits {tuple(logits.shape)}. "
+            "Pass example_loss=, a function of the model's outputs and the batch."
+        )
+    if labels.is_floating_point():
+        squared: Tensor = (logits.view(-1).float() - labels.view(-1).float()) ** 2
+        return squared
+    if labels.dim() == 1:
+        return F.cross_entropy(logits.float(), labels, reduction="none")
+    if causal:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    mean: Tensor = losses.sum(1) / (labels != -100).sum(1).clamp_min(1)
+    return mean
+
+
+class Evaluator:
+    """Mean loss of each profile on its validation examples.
+
+    Args:
+        dataset: the examples.
+        rows: long ``[n]``, the row of each example's profile.
+        count: U, the number of profiles.
+        collator: that of the training.
+        batch_size: examples in a forward pass.
+        example_loss: what a loss is.
+    """
+
+    def __init__(
+        self, dataset: Any, rows: Tensor, count: int, collator: Any, batch_size: int, example_loss: ExampleLoss
+    ) -> None:
+        self.dataset, self.rows, self.collator, self.batch_size = dataset, rows, collator, batch_size
+        self.example_loss = example_loss
+        self.counts = torch.bincount(rows, minlength=count)
+
+    def losses(self, model: nn.Module, wanted: Tensor | None = None) -> Tensor:
+        """Mean losses, float64 ``[U]``: NaN of profiles without examples, infinity where they are not numbers.
+
+        The model is left in the mode it was in. Several processes share the work, and get the same bits.
+
+        Args:
+            wanted: bool ``[U]``, the profiles to evaluate; None: all.
+        """
+        places = torch.arange(len(self.rows)) if wanted is None else wanted[self.rows].nonzero().view(-1)
+        totals = torch.zeros(len(self.counts), dtype=torch.float64)
+        device = next(model.parameters()).device
+        training = model.training
+        model.eval()
+        try:
+            chunks = places.split(self.batch_size) if len(places) else ()
+            for chunk in chunks[ranks.number() :: ranks.count()]:
+                batch = self.collator([self.dataset[place] for place in chunk.tolist()])
+                batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+                with torch.no_grad():
+                    found = self.example_loss(model(**batch), batch)
+                totals.index_add_(0, self.rows[chunk], found.double().cpu().nan_to_num(torch.inf, torch.inf))
+        finally:
+            model.train(training)
+        totals = ranks.total(totals, device)
+        judged = self.counts > 0 if wanted is None else wanted & (self.counts > 0)
+        return torch.where(judged, totals / self.counts.clamp_min(1), torch.nan)

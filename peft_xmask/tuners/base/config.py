@@ -1,0 +1,117 @@
+"""Config fields that our tuners share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from ...errors import ConfigError
+
+
+@dataclass(frozen=True)
+class CardPool:
+    """What a model card says of a pool.
+
+    Attributes:
+        name: folder or Hub id; None: it has none.
+        nbytes: of its stored tensors; None: not known here.
+        needed: whether loading the adapter needs the pool's files. A random pool is its seed and needs none.
+    """
+
+    name: str | None
+    nbytes: int | None
+    needed: bool
+
+
+@dataclass
+class TargetConfig(PeftConfig):
+    """Which modules of a base model are adapted, and which base that was.
+
+    Args:
+        target_modules: names or a regular expression of the modules to adapt, or ``"all-linear"``. None: the method's
+            default for the architecture.
+        exclude_modules: names or a regular expression of modules to leave out.
+        layers_to_transform: indexes of the blocks to adapt; None: all.
+        layers_pattern: name of the list of blocks, if it is not the usual one.
+        modules_to_save: modules, such as a classification head, that are trained and saved whole.
+        base_fingerprint: of the adapted base weights; recorded when the adapter is made, checked when it is loaded.
+        training: how the adapter was trained, if a :class:`~peft_xmask.RecordCallback` took note; shown on its card.
+
+    Raises:
+        ConfigError: ``layers_pattern`` without ``layers_to_transform``.
+    """
+
+    target_modules: list[str] | set[str] | str | None = field(
+        default=None, metadata={"help": "Modules to adapt; None: the method's default for the architecture."}
+    )
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Block indexes to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
+    base_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of the adapted base weights."})
+    training: dict[str, Any] | None = field(default=None, metadata={"help": "How the adapter was trained."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_modules = _as_set(self.target_modules)
+        self.exclude_modules = _as_set(self.exclude_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
+        self.expected_base_fingerprint = self.base_fingerprint
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write ``adapter_config.json``, and complete the model card if an adapter and PEFT's card are there.
+
+        PEFT calls this last when it saves an adapter, see :mod:`peft_xmask.tuners.base.model_card`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        from .model_card import complete_card  # it stands above the tuners, which stand on this file
+
+        complete_card(Path(save_directory), self)
+
+    card_payload: ClassVar[str] = "adapter weights"
+    """What a model card calls the method's own tensors."""
+
+    def card_form(self) -> str:
+        """What a model card says behind the method's name."""
+        return ""
+
+    def card_pool(self) -> CardPool | None:
+        """The pool that the adapter needs; None for a method without one."""
+        return None
+
+    def card_facts(self) -> list[tuple[str, object]]:
+        """What a model card says of the method's own settings: names and values."""
+        return []
+
+    def allow_any_base(self) -> None:
+        """Forget the base this adapter was made for, to load it on another one on purpose."""
+        self.base_fingerprint = self.expected_base_fingerprint = None
+
+
+def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a value that is not among ``choices``.
+
+    Raises:
+        ConfigError: names the field, the value and the choices.
+    """
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not known. Expected one of: {', '.join(map(repr, choices))}.")
+
+
+def require_positive(name: str, value: Any) -> None:
+    """Refuse a value that is not a whole number of at least 1.
+
+    Raises:
+        ConfigError: names the field and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}={value!r} is not possible. Expected a whole number of at least 1.")
+
+
+def _as_set(names: list[str] | set[str] | str | None) -> set[str] | str | None:
+    return set(names) if isinstance(names, (list, tuple)) else names

@@ -1,0 +1,125 @@
+"""The guest room: the one file that touches PEFT's private names.
+
+PEFT has no plugin discovery, so importing :mod:`peft_xmask` adds its types to PEFT's enum and tables. Everything of
+PEFT that is not documented API is imported from here, and a test checks that each name still exists.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import variants
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _get_tuner_state_dict_key_prefixes,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+    check_target_module_exists,
+    set_adapter,
+)
+from peft.utils import PeftType, register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import resolve_quantization_backend
+
+from ...errors import PeftXMaskWarning
+
+__all__ = [
+    "AuxiliaryTrainingWrapper",
+    "BaseTuner",
+    "BaseTunerLayer",
+    "accept_rows",
+    "add_member",
+    "check_adapters_to_merge",
+    "check_target_module_exists",
+    "include_all_linear_layers",
+    "peft_type",
+    "quantisation_backend",
+    "register",
+    "set_adapter",
+    "tuner_key_prefixes",
+]
+
+include_all_linear_layers = _maybe_include_all_linear_layers
+tuner_key_prefixes = _get_tuner_state_dict_key_prefixes
+
+
+def quantisation_backend(module: Any) -> Any:
+    """What reads the quantised weight of a module; None if it is not quantised."""
+    return resolve_quantization_backend(module, get_apply_tensor_subclass=_cannot_quantise)
+
+
+def _cannot_quantise() -> Any:
+    """In the place of what torchao would need to write a weight, which nobody here does."""
+    raise TypeError("Weights are only read.")
+
+
+def add_member(enum: Any, name: str) -> Any:
+    """Add ``name`` to a string enum as a member whose value is its name; return the member that is there already.
+
+    Works on Python 3.10 to 3.13: builds the member by hand and enters it into the enum's tables.
+    """
+    if name in enum._member_map_:
+        return enum._member_map_[name]
+    member = str.__new__(enum, name)
+    member._name_ = name
+    member._value_ = name
+    member._sort_order_ = len(enum._member_names_)
+    enum._member_map_[name] = member
+    enum._value2member_map_[name] = member
+    enum._member_names_.append(name)
+    type.__setattr__(enum, name, member)
+    return member
+
+
+def peft_type(name: str) -> Any:
+    """The :class:`peft.PeftType` member called ``name``, added if PEFT does not have it."""
+    return add_member(PeftType, name)
+
+
+def register(name: str, config_cls: type, model_cls: type) -> bool:
+    """Make a method known to PEFT. Doing it twice is harmless.
+
+    Args:
+        name: lower-case name; the prefix of its state is ``name_``.
+
+    Returns:
+        Whether PEFT now uses our classes. False when another package, or PEFT itself, already has a method of that
+        name: it is left alone, and a warning says so.
+    """
+    member = peft_type(name.upper())
+    present = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    if present is None:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+        return True
+    if present.__module__.partition(".")[0] == "peft_xmask":
+        return True
+    warnings.warn(
+        f"PEFT already has a method '{name}' from {present.__module__}; peft_xmask leaves it in place. "
+        "Files of that type are read by the other implementation.",
+        PeftXMaskWarning,
+        stacklevel=2,
+    )
+    return False
+
+
+def accept_rows() -> None:
+    """Let causal language models take ``adapter_names`` as a tensor of rows. Doing it twice is harmless.
+
+    Before each pass of such a model PEFT asks, for its activated LoRAs, whether ``adapter_names`` is empty, which a
+    tensor of several rows does not answer. Rows are of no activated LoRA.
+    """
+    asks = getattr(variants, "is_alora_relevant_in_batch", None)
+    if asks is None or hasattr(asks, "accepts_rows"):
+        return
+
+    @functools.wraps(asks)
+    def is_alora_relevant_in_batch(model: Any, adapter_names: Any = None) -> Any:
+        return asks(model, None if isinstance(adapter_names, torch.Tensor) else adapter_names)
+
+    is_alora_relevant_in_batch.accepts_rows = True  # type: ignore[attr-defined]
+    variants.is_alora_relevant_in_batch = is_alora_relevant_in_batch

@@ -1,0 +1,103 @@
+"""State as PEFT, trl and FSDP look for it: tensors in modules, and a table at the root of a base model."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .peft_private import BaseTunerLayer, check_adapters_to_merge
+
+
+class TrainableTensor(nn.Module):
+    """A trainable tensor."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class PackedTensor(nn.Module):
+    """Bytes: a buffer, which no optimizer moves and no cast changes."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+
+
+_WORTH_IT = 1 << 20  # bytes below which a mapping of its own is a waste
+
+
+def lazy_zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device | None = None) -> Tensor:
+    """Zeros whose pages the system gives on the first write, a few kilobytes at a time.
+
+    On the CPU of a system with anonymous mappings; elsewhere, and for small tensors, they are ordinary zeros.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    wanted = torch.get_default_device() if device is None else device
+    if wanted.type != "cpu" or size < _WORTH_IT or not hasattr(mmap, "MAP_PRIVATE"):
+        return torch.zeros(*shape, dtype=dtype, device=device)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page would be 2 MB for one row
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
+
+
+class RootTable(nn.Module, BaseTunerLayer):
+    """State of the adapters of one model in one place. It wraps no module, and answers what PEFT asks of a layer."""
+
+    in_features = out_features = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    @property
+    def weight(self) -> None:  # type: ignore[override]
+        """None: the table wraps no module."""
+        return None
+
+    @property
+    def bias(self) -> None:  # type: ignore[override]
+        """None: the table wraps no module."""
+        return None
+
+    def forward(self, x: Any) -> Any:
+        """Pass on what a root that runs its children one after another (``nn.Sequential``) hands to each of them."""
+        return x
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Note which adapters the layers have merged."""
+        self.merged_adapters.extend(check_adapters_to_merge(self, adapter_names))
+
+    def unmerge(self) -> None:
+        """Note that the layers have unmerged."""
+        self.merged_adapters.clear()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing to follow: layers move what they need to where they are."""
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is sharded over processes (a ``DTensor``); any other as it is.
+
+    Every process has to call it, since a shard's owner sends it.
+    """
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole
+
+
+def sharded_as(like: Tensor, whole: Tensor) -> Tensor:
+    """The inverse of :func:`gathered`: a whole tensor, cut as another one is."""
+    if not hasattr(like, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    cut: Tensor = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    return cut

@@ -1,0 +1,220 @@
+"""What our tuners share: finding targets, checking the base, putting layers in, leaving the model alone on errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...core.fingerprint import fingerprint_weights
+from ...errors import BaseMismatchError, ConfigError
+from .config import TargetConfig
+from .peft_private import (
+    AuxiliaryTrainingWrapper,
+    BaseTuner,
+    BaseTunerLayer,
+    check_target_module_exists,
+    include_all_linear_layers,
+)
+
+_LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+
+class TargetTuner(BaseTuner):
+    """Base of our tuners: wraps the modules that a config targets.
+
+    A subclass names its ``prefix``, its ``tuner_layer_cls`` (what PEFT's walks visit), its ``layer_cls`` (what is put
+    in place of a module), and implements :meth:`_prepare_targets` and :meth:`_add_to_layer`.
+    """
+
+    layer_cls: type[Any]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model, or leave the model as it was.
+
+        Raises:
+            ConfigError: an adapter of this name exists, or a ``state_dict`` should choose the targets.
+            TargetError, BaseMismatchError: see :meth:`_prepare_model`.
+        """
+        if kwargs.get("state_dict") is not None:
+            raise ConfigError(
+                f"{self.peft_config[adapter_name].peft_type} cannot find its targets in a state dict, since its file "
+                "does not name them. Pass a config with `target_modules` instead."
+            )
+        self._injecting = adapter_name
+        self._parts: dict[str, Any] = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._parts = {}
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Find the targets and check everything before the first module is replaced."""
+        include_all_linear_layers(peft_config, model)
+        found = self._find_targets(peft_config, model)
+        if found:  # PEFT has its own words for targets that match nothing
+            self._parts = self._prepare_targets(peft_config, model, found)
+
+    def _find_targets(self, config: TargetConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Names of the targeted modules and the base modules there, in the model's order."""
+        inside: tuple[str, ...] = ()
+        found = []
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside or ("\0",)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, f"{name}.")
+            if self._check_target_module_exists(config, name):
+                found.append((name, module.get_base_layer() if isinstance(module, BaseTunerLayer) else module))
+        return found
+
+    def _check_base(self, config: TargetConfig, weights: Iterable[Tensor | None]) -> None:
+        found = fingerprint_weights(weights)
+        expected = config.expected_base_fingerprint
+        if expected is not None and found is not None and expected != found:
+            raise BaseMismatchError(
+                f"This adapter was made for a base whose adapted weights have fingerprint {expected}; the base at hand "
+                f"has {found}. Load the base it was trained on (base_model_name_or_path: "
+                f"{config.base_model_name_or_path!r}). To use it on another base on purpose, load its config, set "
+                "base_fingerprint and expected_base_fingerprint to None, and pass that config.",
+                expected=expected,
+                found=found,
+            )
+        config.base_fingerprint = found or expected
+
+    def _prepare_targets(self, config: Any, model: nn.Module, found: list[tuple[str, nn.Module]]) -> dict[str, Any]:
+        """Check everything, and say what each target gets, by its name. Raises before anything is changed."""
+        raise NotImplementedError
+
+    def _add_to_layer(self, layer: Any, config: Any, adapter_name: str, part: Any) -> None:
+        """Give a layer its part of the adapter."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        """PEFT's rule, and ``layers_to_transform`` also with a regular expression as ``target_modules``."""
+        found = check_target_module_exists(peft_config, key)
+        indexes = peft_config.layers_to_transform
+        if found and isinstance(peft_config.target_modules, str) and indexes is not None:
+            wanted = [indexes] if isinstance(indexes, int) else list(indexes)
+            index = _layer_index(key, peft_config.layers_pattern)
+            return index is not None and index in wanted
+        return found
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, self.layer_cls):
+            self._add_to_layer(target, peft_config, adapter_name, self._parts[current_key])
+            return
+        layer = self._new_layer(target)
+        self._add_to_layer(layer, peft_config, adapter_name, self._parts[current_key])
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module) -> Any:
+        """What is put in a module's place."""
+        return self.layer_cls(target)
+
+    def unload(self) -> nn.Module:
+        """The base model alone, bit for bit. What was merged is taken out first; ``merge_and_unload`` keeps it."""
+        self.unmerge_adapter()
+        model: nn.Module = super().unload()
+        return model
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pass ``adapter_names``, one name for each example of the batch, to the layers."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        names = self._check_adapter_names(list(names))
+        beams = kwargs.get("num_beams") or 1
+        handles = []
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        encoder_modules = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else ()
+        decoder_only = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        for module in self.modules():
+            if isinstance(module, (self.layer_cls, AuxiliaryTrainingWrapper)):
+                repeat = 1 if module in encoder_modules and not decoder_only else beams
+                hook = partial(_pass_adapter_names, adapter_names=_repeated(names, repeat))
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        check = partial(_check_batch, names=len(names), beams=beams)
+        handles.append(self.model.register_forward_pre_hook(check, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_adapter_names(self, names: list[str]) -> list[str]:
+        if self.training:
+            raise ConfigError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
+            )
+        self._refuse_merged()
+        unknown = sorted({name for name in names if name != "__base__"} - set(self.peft_config))
+        if unknown:
+            raise ConfigError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. Known: "
+                f"{', '.join(sorted(self.peft_config))}, or '__base__' for none."
+            )
+        return names
+
+    def _refuse_merged(self) -> None:
+        """A merged adapter serves whole batches: one row of a batch cannot do without it."""
+        if any(module.merged for module in self.model.modules() if isinstance(module, BaseTunerLayer)):
+            raise ConfigError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+
+def _pass_adapter_names(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Some models (OPT) give a module all tokens of the batch as one list: then a name stands for each token."""
+    x = args[0] if args else None
+    if isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] % len(adapter_names) == 0:
+        adapter_names = _repeated(adapter_names, x.shape[0] // len(adapter_names))
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def _check_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: int, beams: int) -> None:
+    """Forward pre-hook of the base model: refuse ``adapter_names`` that are not one for each example.
+
+    Raises:
+        ConfigError: no input has ``names * beams`` examples.
+    """
+    sizes = [x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
+    if sizes and not any(size == names * beams for size in sizes):
+        raise ConfigError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and "
+            f"{sizes[0] // beams} respectively."
+        )
+
+
+def _repeated(names: list[str], times: int) -> list[str]:
+    return [name for name in names for _ in range(times)]
+
+
+def _layer_index(name: str, patterns: str | list[str] | None) -> int | None:
+    if not patterns:
+        match = _LAYER_INDEX.match(name)
+        return int(match.group(1)) if match else None
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name):
+            return int(match.group(1))
+    return None

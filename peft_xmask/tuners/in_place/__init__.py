@@ -1,0 +1,1 @@
+"""Adapters that live in the base model's own parameters."""

@@ -1,0 +1,244 @@
+"""What the tuners share that write into base parameters: refusing what could not be put right, and their files."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from ...errors import ConfigError, FileFormatError, TargetError
+from ..base.peft_private import AuxiliaryTrainingWrapper, BaseTunerLayer, set_adapter
+from ..base.tuner import TargetTuner
+from ..sites.layer import module_widths
+from .layer import InPlaceLayer
+from .table import DeltaTable
+
+TABLE = "delta_table"
+"""Attribute of the base model's root that holds the table."""
+
+
+class InPlaceTuner(TargetTuner):
+    """Base of the tuners whose adapters are numbers added to base parameters.
+
+    A subclass names its ``table_cls`` too; its ``layer_cls`` is an
+    :class:`~peft_xmask.tuners.in_place.layer.InPlaceLayer`.
+    """
+
+    layer_cls: type[InPlaceLayer]
+    table_cls: type[DeltaTable]
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """What is looked at from here on is the base's own."""
+        for module in model.modules():
+            if isinstance(module, InPlaceLayer) and not module.merged:
+                module.restore()
+        super()._prepare_model(peft_config, model)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Set the active adapters: what PEFT does, to the modules that it would find by walking over all of them twice.
+
+        Those walks take longer than the rest of a switch.
+        """
+        found = _Found(self.model, (AuxiliaryTrainingWrapper, self.tuner_layer_cls))
+        set_adapter(found, adapter_name, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls)
+        self.active_adapter = adapter_name
+
+    @property
+    def table(self) -> DeltaTable:
+        """The table of the model."""
+        table: DeltaTable = getattr(self.model, TABLE)
+        return table
+
+    def _make_table(self) -> None:
+        """Done at the first target: before it, PEFT has not yet decided that the base is to be frozen."""
+        if not hasattr(self.model, TABLE):
+            table = self.table_cls()
+            table.train(self.model.training)
+            setattr(self.model, TABLE, table)
+
+    def _check_targets(self, model: nn.Module, found: list[tuple[str, nn.Module]], names: list[list[str]]) -> None:
+        """Refuse parameters that cannot be changed in place without anybody else noticing.
+
+        Args:
+            names: of the parameters of each target.
+
+        Raises:
+            ConfigError: the base model has an attribute where the table would be.
+            TargetError: a target without such a parameter, on the meta device, shared with another module, or inside
+                an ``nn.MultiheadAttention``.
+        """
+        present = getattr(model, TABLE, None)
+        if present is not None and not isinstance(present, DeltaTable):
+            raise ConfigError(
+                f"The base model has an attribute '{TABLE}' of its own ({type(present).__name__}), where adapters keep "
+                "what they add. Wrap the model in another module."
+            )
+        owners = _owners(model)
+        for (name, layer), own in zip(found, names, strict=True):
+            if not own:
+                raise TargetError(
+                    f"Module '{name}' is a {type(layer).__name__} without a weight of its own, which cannot be "
+                    "adapted. Change target_modules or exclude_modules."
+                )
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if isinstance(parent, nn.MultiheadAttention):
+                raise TargetError(
+                    f"Module '{name}' is used by its nn.MultiheadAttention without being called, so that its adapter "
+                    "would not be noticed. Add it to exclude_modules."
+                )
+            for parameter_name in own:
+                parameter = getattr(layer, parameter_name)
+                if parameter.is_meta:
+                    raise TargetError(
+                        f"The {parameter_name} of '{name}' is on the meta device: there are no numbers to start from. "
+                        "Load the base's weights first (low_cpu_mem_usage concerns the adapter's alone)."
+                    )
+                others = sorted(owner for owner in owners[id(parameter)] if not _same_module(owner, name))
+                if others:
+                    raise TargetError(
+                        f"The {parameter_name} of '{name}' is shared with '{others[0]}' (tied weights): changed in "
+                        "place, it would change there too, and its gradient would lack that part. Load the base with "
+                        "tie_word_embeddings=False, or add the module to exclude_modules."
+                    )
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The adapted modules' own parameters, named as in a PeftModel.
+
+        Each process has loaded them, and masks are made from them, so DDP need not send them. Nor must it: an adapter's
+        values may be in them, other ones in each process as long as DDP has not sent those.
+        """
+        return [
+            f"base_model.{name}.base_layer.{parameter_name}"
+            for name, module in self.named_modules()
+            if isinstance(module, InPlaceLayer)
+            for parameter_name, _ in module.base_layer.named_parameters()
+        ]
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """What is trained is float32 from the start; without PEFT's autocast it has the base's dtype instead."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        elif adapter_name in self.table.vectors:
+            layers = (module for module in self.model.modules() if isinstance(module, InPlaceLayer))
+            self.table.cast(adapter_name, next(layers).dtype)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        layers = [module for module in self.model.modules() if isinstance(module, InPlaceLayer)]
+        for layer in layers:
+            layer.release(restore=not merge)
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
+        if hasattr(model, TABLE):
+            delattr(model, TABLE)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What is saved: the adapter's vector, in the dtype of storage."""
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        table = find_table(model)
+        ending = f"{TABLE}.{table.state_name}.{adapter_name}.weight"
+        return {key: table.stored(adapter_name, entry) for key, entry in entries.items() if key.endswith(ending)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a file's vector before any tensor reaches the model."""
+        table = find_table(model)
+        ending = f"{TABLE}.{table.state_name}.weight"
+        key = next((key for key in state_dict if key.endswith(ending)), None)
+        if key is None:
+            raise FileFormatError(
+                f"Expected '{ending}' in the adapter file, found {sorted(state_dict) or 'nothing'}. It is damaged."
+            )
+        state_dict = {**state_dict, key: table.check_stored(adapter_name, state_dict[key])}
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+class _Found:
+    """The modules of some classes inside a model, where PEFT asks a model for its modules."""
+
+    def __init__(self, model: nn.Module, classes: tuple[type, ...]) -> None:
+        seen, kinds = {model}, {}
+        queue, self._found = [model], []
+        for module in queue:
+            kind = type(module)
+            if kind not in kinds:
+                kinds[kind] = issubclass(kind, classes)
+            if kinds[kind]:
+                self._found.append(module)
+            for child in module._modules.values():
+                if child is not None and child not in seen:
+                    seen.add(child)
+                    queue.append(child)
+
+    def modules(self) -> list[nn.Module]:
+        return self._found
+
+
+def find_table(model: nn.Module) -> DeltaTable:
+    """The table inside a model, wrapped by PEFT or not.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    for module in model.modules():
+        if isinstance(module, DeltaTable):
+            return module
+    raise ConfigError(f"Expected a model with an adapter written in place, found a {type(model).__name__} without one.")
+
+
+def linear_layers_of_blocks(model: nn.Module) -> str | None:
+    """A regular expression of every linear layer inside the model's lists of blocks; None if there are none."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    inside: tuple[str, ...] = ()
+    found: dict[str, set[str]] = defaultdict(set)
+    for name, module in model.named_modules():
+        if name.startswith(inside or ("\0",)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        owner = min((each for each in lists if name.startswith(f"{each}.")), key=len, default=None)
+        if owner is None or module_widths(layer) is None:
+            continue
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+            continue
+        _, _, rest = name.removeprefix(f"{owner}.").partition(".")
+        if rest:
+            found[owner.rpartition(".")[2]].add(re.escape(rest))
+    patterns = [
+        rf"{re.escape(owner)}\.\d+\.(?:{'|'.join(sorted(names))})" for owner, names in sorted(found.items()) if names
+    ]
+    return rf"(?:.*\.)?(?:{'|'.join(patterns)})" if patterns else None
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """Names of the modules that hold each parameter, by its id."""
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name.rpartition(".")[0])
+    return owners
+
+
+def _same_module(owner: str, name: str) -> bool:
+    return owner.removesuffix(".base_layer") == name
+
+
+def parameter_names(module: nn.Module, *, bias: bool) -> list[str]:
+    """Names of the floating point parameters of a module that an adapter changes: weight, and bias if wanted."""
+    names = ["weight", "bias"] if bias else ["weight"]
+    found = {name: getattr(module, name, None) for name in names}
+    return [name for name, each in found.items() if isinstance(each, Tensor) and torch.is_floating_point(each)]

@@ -1,0 +1,191 @@
+"""The tuner of the magnitude mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.files import dtype_from_name
+from ...errors import ConfigError, MaskMismatchError, MergeError, TargetError
+from ..base.peft_private import register
+from ..in_place.sparse_gradients import Places
+from ..in_place.tuner import InPlaceTuner, linear_layers_of_blocks, parameter_names
+from .averaging import combine
+from .config import MagnitudeMaskConfig
+from .layer import MagnitudeMaskLayer, MagnitudeMaskModule, Part, Share, ValueTable
+from .mask import Candidate, Mask, make_mask, recover_mask
+from .quantised import QuantisedMaskLayer, dequantised_weight, is_quantised
+
+
+class MagnitudeMaskModel(InPlaceTuner):
+    """Trains the numbers of smallest magnitude of the targeted modules.
+
+    Made by ``get_peft_model(model, MagnitudeMaskConfig(...))``.
+    """
+
+    prefix = "magnitude_mask_"
+    tuner_layer_cls = MagnitudeMaskModule
+    layer_cls = MagnitudeMaskLayer
+    table_cls = ValueTable
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = linear_layers_of_blocks(self.model)
+        if peft_config.target_modules is None:
+            raise TargetError(
+                f"No default target_modules for a {type(self.model).__name__}: it has no list of blocks "
+                "(nn.ModuleList) with linear layers in it. Pass target_modules, the names of the modules to adapt."
+            )
+        return peft_config
+
+    def _prepare_targets(
+        self, config: MagnitudeMaskConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
+    ) -> dict[str, tuple[Share, int]]:
+        names = [_trained_parameters(layer, config) for _, layer in found]
+        self._check_targets(model, found, names)
+        candidates = [
+            Candidate(name, _numbers(name, layer, parameter), _padding(layer, parameter))
+            for (name, layer), own in zip(found, names, strict=True)
+            for parameter in own
+        ]
+        mask = _mask_of(config, candidates, quantised=any(is_quantised(layer) for _, layer in found))
+        self._check_base(
+            config, (getattr(layer, each) for (_, layer), own in zip(found, names, strict=True) for each in own)
+        )
+        config.mask_fingerprint, config.mask_dtype, config.mask_ties = mask.fingerprint, mask.dtype, dict(mask.ties)
+        places = self._shared_places(mask)
+        self._new = (_start(config, candidates, mask), [len(each) for each in places])
+        parts, at = {}, 0
+        for (name, _), own in zip(found, names, strict=True):
+            mine = zip(own, places[at : at + len(own)], range(at, at + len(own)), strict=True)
+            parts[name] = (Share(tuple(Part(*each) for each in mine if len(each[1]))), at)
+            at += len(own)
+        return parts
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "avg",
+    ) -> None:
+        """Add an adapter whose values are a weighted sum of others'. They share a mask, so nothing is approximated.
+
+        Args:
+            adapters: names of adapters.
+            weights: one for each.
+            adapter_name: of the new adapter, whose config is that of the first; it is not set active.
+            combination_type: ``"avg"`` (the weights are divided by their sum) or ``"linear"``.
+
+        Raises:
+            ConfigError: an adapter that does not exist, a name that is taken, or weights that cannot be.
+            MaskMismatchError: adapters of different masks.
+        """
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or adapter_name in self.peft_config:
+            raise ConfigError(
+                f"Expected names of adapters and a new name, found {adapters} and {adapter_name!r}. There are: "
+                f"{', '.join(sorted(self.peft_config))}."
+            )
+        vectors = [self.table.vectors[name].weight for name in adapters]
+        values = combine(vectors, weights, combination_type)
+        configs: dict[str, Any] = self.peft_config
+        first, *others = (configs[name].mask_fingerprint for name in adapters)
+        for name, fingerprint in zip(adapters[1:], others, strict=True):
+            if fingerprint != first:
+                raise MaskMismatchError(
+                    f"Adapters '{adapters[0]}' and '{name}' have different masks ({first} and {fingerprint}); only "
+                    "values of the same places can be summed. Train them with the same density, selection, scope and "
+                    "targets.",
+                    expected=first,
+                    found=fingerprint,
+                )
+        config = replace(self.peft_config[adapters[0]])
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        with torch.no_grad():
+            self.table.vectors[adapter_name].weight.copy_(values)
+
+    def _new_layer(self, target: nn.Module) -> MagnitudeMaskLayer:
+        return QuantisedMaskLayer(target) if is_quantised(target) else MagnitudeMaskLayer(target)
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse to merge into a quantised weight, before any weight is touched."""
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, QuantisedMaskLayer):
+                raise MergeError(f"Cannot merge into '{name}': {module.why_not_mergeable()}")
+
+    def _shared_places(self, mask: Mask) -> tuple[Places, ...]:
+        """The places that an earlier adapter with the same mask has already, if any."""
+        self._places = getattr(self, "_places", {})
+        kept: tuple[Places, ...] = self._places.setdefault(mask.fingerprint, mask.places)
+        return kept
+
+    def _add_to_layer(
+        self, layer: MagnitudeMaskLayer, config: MagnitudeMaskConfig, adapter_name: str, part: tuple[Share, int]
+    ) -> None:
+        share, at = part
+        if at == 0:
+            self._make_table()
+            rounding = (
+                None if config.storage_dtype in (None, "float32") else dtype_from_name(config.storage_dtype or "")
+            )
+            self.table.add(adapter_name, *self._new, rounding)
+        table = self.table
+        assert isinstance(table, ValueTable)  # it is of this tuner's table_cls
+        layer.add(adapter_name, share, table)
+
+
+def _mask_of(config: MagnitudeMaskConfig, candidates: list[Candidate], quantised: bool) -> Mask:
+    if config.expected_mask_fingerprint is not None:
+        return recover_mask(
+            candidates,
+            config.rule,
+            dtype=str(config.mask_dtype),
+            ties=config.mask_ties or {},
+            fingerprint=config.expected_mask_fingerprint,
+        )
+    return make_mask(candidates, config.rule, tell_ties=not quantised)  # of a few levels a large share would be ties
+
+
+def _trained_parameters(layer: nn.Module, config: MagnitudeMaskConfig) -> list[str]:
+    if is_quantised(layer):
+        return ["weight", "bias"] if config.include_bias and layer.bias is not None else ["weight"]
+    weight = getattr(layer, "weight", None)
+    return parameter_names(layer, bias=config.include_bias or (isinstance(weight, Tensor) and weight.dim() == 1))
+
+
+def _numbers(name: str, layer: nn.Module, parameter: str) -> Tensor | Callable[[], Tensor]:
+    if parameter == "weight" and is_quantised(layer):
+        return partial(dequantised_weight, name, layer)
+    numbers: Tensor = getattr(layer, parameter)
+    return numbers
+
+
+def _padding(layer: nn.Module, parameter: str) -> int | None:
+    return layer.padding_idx if isinstance(layer, nn.Embedding) and parameter == "weight" else None
+
+
+def _start(config: MagnitudeMaskConfig, candidates: list[Candidate], mask: Mask) -> Tensor:
+    """Where values start: zero, or normal with the root mean square of their parameter."""
+    device = candidates[0].device
+    if config.init_weights or config.inference_mode:
+        return torch.zeros(sum(len(each) for each in mask.places), device=device)
+    drawn = [
+        torch.randn(len(places)) * float(candidate.read().float().square().mean().sqrt())
+        for candidate, places in zip(candidates, mask.places, strict=True)
+    ]
+    return torch.cat(drawn).to(device)
+
+
+register("magnitude_mask", MagnitudeMaskConfig, MagnitudeMaskModel)

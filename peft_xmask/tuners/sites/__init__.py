@@ -1,0 +1,1 @@
+"""Adapters that read a module's activations."""

@@ -1,0 +1,229 @@
+"""A base module with adapters beside or behind it.
+
+```
+sequential:   y = module(x);  y + up act(down y)        parallel:   module(x) + up act(down x)
+```
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...core.adapter import AdapterForm, AdapterPair, adapt
+from ...errors import MergeError
+from ..base.peft_private import BaseTunerLayer, check_adapters_to_merge
+
+
+def module_widths(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output width of a linear module; None for a module that is not linear."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.nf)
+    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(widths[0], int) and isinstance(widths[1], int) and not isinstance(module, BaseTunerLayer):
+        return widths  # type: ignore[return-value]
+    return None
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Where a module's weight is; None if it has none or it is on the meta device."""
+    weight = getattr(module, "weight", None)
+    return weight.device if isinstance(weight, Tensor) and not weight.is_meta else None
+
+
+class SiteLayer(nn.Module, BaseTunerLayer):
+    """Wraps one linear module. Subclasses say which adapters there are, and give each as a pair of matrices.
+
+    Several active adapters add up, each reading the module's own input or output:
+    ``y + sum_a up_a act(down_a y)``.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        widths = module_widths(self.get_base_layer())
+        assert widths is not None  # the tuner has checked every site
+        self.in_features, self.out_features = widths
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._before_merge: tuple[Tensor, Tensor | None] | None = None
+
+    @abstractmethod
+    def form(self, adapter_name: str) -> AdapterForm | None:
+        """How the adapter is applied here; None if it is not at this site."""
+
+    @abstractmethod
+    def pair(self, adapter_name: str) -> AdapterPair:
+        """The adapter's matrices, scale included."""
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The module's output with the active adapters added.
+
+        Args:
+            x: shape ``[..., in_features]``.
+            adapter_names: one adapter name, or ``"__base__"``, for each example of the batch.
+
+        Returns:
+            shape ``[..., out_features]``, in the dtype of the module's own output.
+        """
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        if adapter_names is not None:
+            return self._forward_mixed(x, y, adapter_names)
+        out = y
+        for name in self.active_adapters:
+            form = self.form(name)
+            if form is not None:
+                out = out + self._change(name, form, x, y)
+        return out
+
+    def _change(self, name: str, form: AdapterForm, x: Tensor, y: Tensor) -> Tensor:
+        source = y if form.insertion_form == "sequential" else x
+        pair = self.pair(name)
+        if not torch.is_autocast_enabled(source.device.type):
+            source = self._cast_input_dtype(source, pair.down.dtype)  # type: ignore[no-untyped-call]
+        change = adapt(source, pair, activation=form.activation, layer_norm=form.layer_norm, dropout=self.dropout(name))
+        return change.to(y.dtype)
+
+    def dropout(self, adapter_name: str) -> float:
+        """Probability, at this moment, of zeroing an input of the adapter's up-projection."""
+        return 0.0
+
+    def _forward_mixed(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
+        if len(adapter_names) != x.shape[0]:
+            raise ValueError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
+                f"and {x.shape[0]} respectively."
+            )
+        out = y.clone()
+        for name in dict.fromkeys(adapter_names):
+            form = self.form(name)
+            if form is None:
+                continue
+            rows = [i for i, other in enumerate(adapter_names) if other == name]
+            out[rows] = y[rows] + self._change(name, form, x[rows], y[rows])
+        return out
+
+    def why_not_linear(self, adapter_name: str) -> str | None:
+        """Why the adapter is not a linear map of the module's input, or None if it is one."""
+        form = self.form(adapter_name)
+        if form is None or form.linear:
+            return None
+        return (
+            f"adapter '{adapter_name}' has activation={form.activation!r}, layer_norm={form.layer_norm}; only "
+            'activation="identity" without layer_norm is a linear map. Use the adapter unmerged.'
+        )
+
+    def why_not_mergeable(self, adapter_names: list[str]) -> str | None:
+        """Why these adapters cannot be merged into this module's weight, or None if they can."""
+        base = self.get_base_layer()
+        if kind := self._not_plain():
+            return (
+                f"its weight is quantised or sharded ({kind}): merging would round it, or change a part of it. Use the "
+                "adapter unmerged."
+            )
+        for name in adapter_names:
+            if self.form(name) is None:
+                continue
+            if reason := self.why_not_linear(name):
+                return reason
+            if base.bias is None and self.linear_change(name)[2] is not None:
+                return f"adapter '{name}' has biases and the module has none to add them to. Use the adapter unmerged."
+        return None
+
+    def _not_plain(self) -> str | None:
+        """The kind of weight of a module whose weight is not a tensor of plain numbers, else None."""
+        base = self.get_base_layer()
+        if not isinstance(base, (nn.Linear, Conv1D)):
+            return type(base).__name__
+        plain = type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
+        return None if plain else type(base.weight).__name__
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add linear adapters to the module's weight: ``W + up down`` (parallel) or ``W + up down W`` (sequential).
+
+        The weight from before is kept until :meth:`unmerge`, which puts it back bit for bit.
+
+        Args:
+            safe_merge: refuse, before anything is changed, a result that is not finite.
+
+        Raises:
+            MergeError: an adapter that is not linear, a quantised base, a bias with no place to go, or, with
+                ``safe_merge``, a result that is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if self.form(name) is not None]
+        if not names:
+            return
+        if reason := self.why_not_mergeable(names):
+            raise MergeError(f"Cannot merge: {reason}")
+        weight, bias = self._weight_and_bias()
+        original = self._before_merge or (weight, bias)
+        for name in names:
+            weight, bias = self._merged(name, weight, bias)
+            if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
+                raise MergeError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken. This module was left "
+                    "as it was; load or train the adapter again."
+                )
+        self._before_merge = original
+        self._put_back(weight, bias)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the weight from before the merge back, bit for bit."""
+        if self._before_merge is not None:
+            self._put_back(*self._before_merge)
+        self._before_merge = None
+        self.merged_adapters.clear()
+
+    def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        base: Any = self.get_base_layer()
+        return base.weight.data, None if base.bias is None else base.bias.data
+
+    def _put_back(self, weight: Tensor, bias: Tensor | None) -> None:
+        base: Any = self.get_base_layer()
+        base.weight.data = weight.to(base.weight.device)
+        if bias is not None:
+            base.bias.data = bias.to(base.bias.device)
+
+    def linear_change(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a linear adapter adds to the module's output, as a function of its input: ``up (down x) + constant``.
+
+        Sequential adapters read the module's output ``W x + c``, so there ``down`` is ``down W``.
+
+        Returns:
+            ``down [b, in_features]``, ``up [out_features, b]``, ``constant [out_features]`` or None.
+        """
+        form, pair = self.form(name), self.pair(name)
+        assert form is not None
+        down, up, inner = pair.down.detach(), pair.up.detach(), pair.down_bias
+        if form.insertion_form == "sequential":
+            if kind := self._not_plain():
+                raise MergeError(
+                    f"Adapter '{name}' reads the output of a module whose weight is quantised or sharded ({kind}), and "
+                    'cannot be written as a map of its input. Use insertion_form="parallel", or the adapter as it is.'
+                )
+            weight, bias = self._before_merge or self._weight_and_bias()
+            inner = _sum(inner, None if bias is None else down @ bias.to(down.dtype))
+            down = down @ (weight.T if isinstance(self.get_base_layer(), Conv1D) else weight).to(down.dtype)
+        return down, up, _sum(None if inner is None else up @ inner.detach(), pair.up_bias)
+
+    def _merged(self, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        down, up, constant = self.linear_change(name)
+        delta = up @ down
+        turned = isinstance(self.get_base_layer(), Conv1D)
+        merged = (weight + (delta.T if turned else delta).to(weight.device)).to(weight.dtype)
+        return merged, bias if bias is None or constant is None else (bias + constant.to(bias.device)).to(bias.dtype)
+
+
+def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    if first is None or second is None:
+        return first if second is None else second.detach()
+    return first.detach() + second.detach()

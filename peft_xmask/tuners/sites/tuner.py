@@ -1,0 +1,62 @@
+"""The tuner of adapters that read activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...core.sites import Site
+from ...errors import MergeError, TargetError
+from ..base.targets import FFN_OUTPUT
+from ..base.tuner import TargetTuner
+from .config import SiteConfig
+from .layer import SiteLayer, module_widths
+
+
+class SiteTuner(TargetTuner):
+    """Base of the tuners that put an adapter on sites: it reads the activations of a linear module.
+
+    A subclass implements :meth:`_prepare_sites` and :meth:`_add_to_layer`; its ``layer_cls`` is a
+    :class:`~peft_xmask.tuners.sites.layer.SiteLayer`.
+    """
+
+    layer_cls: type[SiteLayer]
+    target_module_mapping: Any = FFN_OUTPUT
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
+            raise TargetError(
+                f"No default target_modules for the architecture {model_config.get('model_type')!r}. Pass "
+                "target_modules, the names of the modules to adapt (usually the last linear layer of each feed-forward "
+                f"network). Architectures with a default: {', '.join(sorted(self.target_module_mapping))}."
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_targets(
+        self, config: SiteConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
+    ) -> dict[str, Any]:
+        sites = [_site(config, name, layer) for name, layer in found]
+        self._check_base(config, (getattr(layer, "weight", None) for _, layer in found))
+        return self._prepare_sites(config, model, sites)
+
+    def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, Any]:
+        """Check everything, and say what each site gets, by its name. Raises before anything is changed."""
+        raise NotImplementedError
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse a merge that could not be exact, before any weight is touched."""
+        super()._check_merge_allowed()
+        for name, module in self.model.named_modules():
+            if isinstance(module, SiteLayer) and (reason := module.why_not_mergeable(self.active_adapters)):
+                raise MergeError(f"Cannot merge into '{name}': {reason}")
+
+
+def _site(config: SiteConfig, name: str, layer: nn.Module) -> Site:
+    widths = module_widths(layer)
+    if widths is None:
+        raise TargetError(
+            f"Module '{name}' is a {type(layer).__name__}, which cannot carry an adapter; expected a linear layer "
+            "(nn.Linear, transformers' Conv1D, or a quantised linear). Change target_modules or exclude_modules."
+        )
+    return Site(name, widths[0] if config.insertion_form == "parallel" else widths[1], widths[1])

@@ -1,0 +1,184 @@
+"""The tuner of the weight adapter."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from ...core.files import dtype_from_name
+from ...errors import TargetError
+from ..base.peft_private import register
+from ..base.targets import FFN_LINEAR
+from ..in_place.tuner import InPlaceTuner, find_table, parameter_names
+from .config import WeightAdapterConfig
+from .layer import Part, ResultTable, Share, WeightAdapterLayer, WeightAdapterModule
+from .product import Start
+
+
+class WeightAdapterModel(InPlaceTuner):
+    """Trains adapters over the biases, or weights, of the targeted modules.
+
+    Made by ``get_peft_model(model, WeightAdapterConfig(...))``.
+    """
+
+    prefix = "weight_adapter_"
+    tuner_layer_cls = WeightAdapterModule
+    layer_cls = WeightAdapterLayer
+    table_cls = ResultTable
+    target_module_mapping: Any = FFN_LINEAR
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
+            raise TargetError(
+                f"No default target_modules for the architecture {model_config.get('model_type')!r}. Pass "
+                "target_modules, the names of the modules to adapt (usually the linear layers of each feed-forward "
+                f"network). Architectures with a default: {', '.join(sorted(self.target_module_mapping))}."
+            )
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_targets(
+        self, config: WeightAdapterConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
+    ) -> dict[str, tuple[Share, int]]:
+        _refuse_missing_biases(config, found)
+        _refuse_other_weights(config, found)
+        names = [_adapted_parameters(layer, config) for _, layer in found]
+        self._check_targets(model, found, names)
+        numbers = (getattr(layer, name, None) for _, layer in found for name in ("weight", "bias"))
+        self._check_base(config, (each for each in numbers if each is not None))  # biases alone may all be zero
+        self._new = [getattr(layer, name).numel() for (_, layer), own in zip(found, names, strict=True) for name in own]
+        indexes = count()
+        return {
+            name: (_share(config, [(each, getattr(layer, each), next(indexes)) for each in own]), position)
+            for position, ((name, layer), own) in enumerate(zip(found, names, strict=True))
+        }
+
+    def _add_to_layer(
+        self, layer: WeightAdapterLayer, config: WeightAdapterConfig, adapter_name: str, part: tuple[Share, int]
+    ) -> None:
+        share, position = part
+        if position == 0:
+            self._make_table()
+            dtype = dtype_from_name(config.storage_dtype or "float32")
+            device = next(iter(layer.get_base_layer().parameters())).device
+            start = torch.zeros(1, dtype=dtype, device=device).expand(sum(self._new))  # takes no room until it is kept
+            rounding = None if dtype == torch.float32 else dtype
+            self.table.add(adapter_name, start if share.trained else start.clone(), self._new, rounding)
+            self._copy_stored(config, adapter_name)
+        layer.add(adapter_name, share, self.table, config.dropout)
+
+    def _copy_stored(self, config: WeightAdapterConfig, adapter_name: str) -> None:
+        """For trl's reference adapter, which is made with the policy's config object and given its parameters only."""
+        for name, other in self.peft_config.items():
+            if other is config and name != adapter_name:
+                self.table.vectors[adapter_name].weight = self.table.vectors[name].weight.clone()
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """What is trained is float32 from the start; without PEFT's autocast it has the base's dtype instead.
+
+        What is stored stays in the dtype of its file.
+        """
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for layer in adapted_layers(self.model, adapter_name).values():
+            for name in layer.factors(adapter_name):
+                getattr(layer, name)[adapter_name].to(layer.dtype)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Its base's, and what is stored: each process has loaded it, so DDP need not send it every pass."""
+        stored = [f"base_model.{name}" for name, _ in self.named_buffers() if ".weight_adapter_delta." in name]
+        return [*super()._ddp_params_and_buffers_to_ignore, *stored]
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What is saved: the change alone, in the dtype of storage."""
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        layers = adapted_layers(model, adapter_name).values()
+        if not any(layer.factors(adapter_name) for layer in layers):
+            return entries
+        results = sorted((each for layer in layers for each in layer.result(adapter_name)), key=lambda each: each[0])
+        ((key, stored),) = entries.items()
+        return {key: torch.cat([result.reshape(-1).to(stored.device) for _, result in results]).to(stored.dtype)}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check a file before any tensor reaches the model; an adapter to be trained starts anew on top of it."""
+        state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        fresh = {
+            f"{name}.{key}.{adapter_name}.weight": tensor
+            for name, layer in adapted_layers(model, adapter_name).items()
+            if layer.factors(adapter_name)
+            for key, tensor in layer.fresh_factors(adapter_name, at_base=True).items()
+        }
+        if fresh:
+            holder = find_table(model).vectors[adapter_name]
+            holder.weight = holder.weight.clone()  # room for what is to be kept
+        return {**state_dict, **fresh}
+
+
+def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, WeightAdapterLayer]:
+    """The layers of a model that an adapter changes, by name."""
+    named = model.named_modules()
+    return {name: each for name, each in named if isinstance(each, WeightAdapterLayer) and each.has(adapter_name)}
+
+
+def _share(config: WeightAdapterConfig, parameters: list[tuple[str, Tensor, int]]) -> Share:
+    """Of the parameters' names, numbers and indexes."""
+    at_base = config.init_weights or config.expected_base_fingerprint is not None  # of a file, which says the rest
+    parts = [
+        Part(name, index, Start(config.r, _has_shift(config, numbers), at_base)) for name, numbers, index in parameters
+    ]
+    return Share(parts, trained=not config.inference_mode, activation=config.activation, scale=config.scale)
+
+
+def _has_shift(config: WeightAdapterConfig, numbers: Tensor) -> bool:
+    return not bool(numbers.any()) if config.adapter_bias is None else config.adapter_bias
+
+
+def _adapted_parameters(layer: nn.Module, config: WeightAdapterConfig) -> list[str]:
+    names = parameter_names(layer, bias=config.target != "weight")
+    return [name for name in names if config.target in (name, "both")]
+
+
+def _refuse_missing_biases(config: WeightAdapterConfig, found: list[tuple[str, nn.Module]]) -> None:
+    """With ``target="bias"``, every target must have one: none is created, which the base could not keep."""
+    without = [name for name, layer in found if not isinstance(getattr(layer, "bias", None), Tensor)]
+    if config.target != "bias" or not without:
+        return
+    none = len(without) == len(found)
+    raise TargetError(
+        (f"None of the {len(found)} targeted modules has" if none else f"Module '{without[0]}' does not have")
+        + ' a bias, which target="bias" adapts. One that was created would slow the base down and could not be folded '
+        'into it. Use target="weight", or target="both" to adapt such biases as there are'
+        + ("; or name modules that have a bias in target_modules." if none else "; or exclude such modules.")
+    )
+
+
+def _refuse_other_weights(config: WeightAdapterConfig, found: list[tuple[str, nn.Module]]) -> None:
+    """Weights that are not plain numbers cannot be read by an adapter, or written into."""
+    for name, layer in found if config.target != "bias" else ():
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and not (
+            type(weight) in (Tensor, nn.Parameter) and torch.is_floating_point(weight)
+        ):
+            raise TargetError(
+                f"The weight of '{name}' is quantised or sharded ({type(weight).__name__}, {weight.dtype}), so that an "
+                'adapter over it cannot be written into it. Use target="bias": biases are not quantised.'
+            )
+
+
+register("weight_adapter", WeightAdapterConfig, WeightAdapterModel)

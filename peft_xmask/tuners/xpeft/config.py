@@ -1,0 +1,208 @@
+"""Configuration of X-PEFT."""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from ...core.files import dtype_from_name
+from ...core.hub import shown_name
+from ...core.masks import ESTIMATORS, MASK_NORMS
+from ...errors import ConfigError
+from ...pool import AdapterPool
+from ..base.config import CardPool, require_choice, require_positive
+from ..base.peft_private import peft_type
+from ..sites.config import SiteConfig
+from .spec import MaskSpec
+
+XPEFT = peft_type("XPEFT")
+
+MASK_TYPES = ("hard", "soft")
+AVERAGE_SCALE = 2.0
+"""Gain over a trained pool, where several adapters are averaged; 1.0 where one is chosen, which is then itself."""
+RANDOM_SCALE = 0.3
+STEERABLE = 40.0
+"""Over a random pool the gain is ``STEERABLE / N`` if that is below ``RANDOM_SCALE``."""
+
+
+@dataclass
+class XPEFTConfig(SiteConfig):
+    """Masks over a frozen pool of N adapters.
+
+    At site s and for profile p, ``A = sum_i m_A[i] A_i, B = g * sum_i m_B[i] B_i, y <- y + B act(A y)``.
+    Only the masks ``m_A``, ``m_B`` are trained, and with ``learn_gain`` one gain ``g`` per site.
+
+    Args:
+        pool: None for a random pool (made from the three fields below); a saved pool's folder or Hub id; or an
+            :class:`~peft_xmask.AdapterPool`.
+        num_adapters: N of a random pool. Of another pool, it is read from the pool.
+        bottleneck_size: b of a random pool, likewise.
+        pool_seed: seed of a random pool: the pool *is* its seed.
+        pool_dtype: what a random pool is held in: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        mask_type: ``"hard"``: exactly ``top_k`` of N, one bit each; ``"soft"``: softmax weights, two bytes each.
+        top_k: adapters in a hard mask; None: ``max(1, N // 2)``.
+        scale: the gain g, or where it starts. None: ``min(0.3, 40 / N)`` for a random pool, whose output then starts at
+            a few tenths of the module's own, and lower where many masks can steer it far; 2.0 for a trained pool, since
+            an average is smaller than what it is of, and 1.0 if one adapter is chosen.
+        num_profiles: P, rows of the mask table.
+        learn_gain: whether g is trained: one half-precision number per site and profile. It forgives a scale that does
+            not suit the base.
+        mask_norm: ``"variance"``: the weights of a mask have unit 2-norm, which keeps the variance of a mix of
+            independent adapters at that of one; ``"mean"``: unit sum; ``"signs"``: of a hard mask, what is chosen is
+            added and the rest subtracted, with unit 2-norm again. None: ``"mean"`` for a trained pool; for a random one
+            ``"signs"``, or ``"variance"`` if masks are soft.
+        estimator: gradient of a hard mask: ``"identity"``, ``"softmax"`` or ``"sigmoid"``, see
+            :func:`peft_xmask.core.masks.hard_mask`.
+        temperature: of the softmax or of the estimator's stand-in.
+        gumbel_noise: standard Gumbel noise times this number is added to the logits in training; 0: none.
+        logit_scale: logits are ``logit_scale * weight``. With Adam, a step of the learning rate on ``weight`` moves a
+            logit by ``logit_scale`` times as much: masks want steps about 100 times those of a head.
+            :class:`~peft_xmask.XPEFTCallback` sets it from a learning rate of its own.
+        pool_fingerprint: of the pool; recorded when the adapter is made, checked when it is loaded.
+
+    The other fields are those of :class:`peft_xmask.tuners.sites.config.SiteConfig`. What decided each default is in
+    docs/study.md,
+    under "Defaults".
+
+    Raises:
+        ConfigError: a value that is not one of those above.
+
+    Source: X-PEFT (arXiv 2401.16137); gain, norms and logit_scale are ours.
+    """
+
+    pool: str | AdapterPool | None = field(default=None, metadata={"help": "None (random), folder, Hub id or pool."})
+    num_adapters: int = field(default=100, metadata={"help": "N of a random pool."})
+    bottleneck_size: int = field(default=48, metadata={"help": "Bottleneck of a random pool."})
+    pool_seed: int = field(default=0, metadata={"help": "Seed of a random pool."})
+    pool_dtype: str = field(default="float32", metadata={"help": "What a random pool is held in."})
+    mask_type: str = field(default="hard", metadata={"help": "'hard' or 'soft'."})
+    top_k: int | None = field(default=None, metadata={"help": "Adapters in a hard mask; None: half of them."})
+    scale: float | None = field(default=None, metadata={"help": "The gain, or its start; None: by kind of pool."})
+    num_profiles: int = field(default=1, metadata={"help": "Rows of the mask table."})
+    learn_gain: bool = field(default=True, metadata={"help": "Train one gain per site."})
+    mask_norm: str | None = field(default=None, metadata={"help": "'variance', 'mean' or 'signs'; None: by pool."})
+    estimator: str = field(default="identity", metadata={"help": "Gradient of a hard mask."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the softmax or the estimator's stand-in."})
+    gumbel_noise: float = field(default=0.0, metadata={"help": "Size of Gumbel noise on the logits in training."})
+    logit_scale: float = field(default=100.0, metadata={"help": "Logits are logit_scale times what is trained."})
+    pool_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of the pool."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = XPEFT
+        for name in ("num_adapters", "bottleneck_size", "num_profiles"):
+            require_positive(name, getattr(self, name))
+        require_choice("pool_dtype", self.pool_dtype, ("float32", "bfloat16", "float16"))
+        require_choice("mask_type", self.mask_type, MASK_TYPES)
+        require_choice("estimator", self.estimator, ESTIMATORS)
+        if self.mask_norm is not None:
+            require_choice("mask_norm", self.mask_norm, MASK_NORMS)
+            if self.mask_norm == "signs" and self.mask_type != "hard":
+                raise ConfigError(
+                    'mask_norm="signs" is not possible with mask_type="soft", whose weights are above 0. Expected '
+                    'mask_type="hard", or another norm.'
+                )
+        for name in ("temperature", "logit_scale"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not possible. Expected a number above 0.")
+        if self.scale is not None and not self.scale > 0:
+            raise ConfigError(f"scale={self.scale!r} is not possible. Expected a number above 0.")
+        if not self.gumbel_noise >= 0:
+            raise ConfigError(f"gumbel_noise={self.gumbel_noise!r} is not possible. Expected a number of at least 0.")
+        if isinstance(self.pool, os.PathLike):
+            self.pool = os.fspath(self.pool)
+        if isinstance(self.pool, AdapterPool):
+            self._take_sizes(self.pool)
+        elif not (self.pool is None or isinstance(self.pool, str)):
+            raise ConfigError(
+                f"pool={self.pool!r} is not possible. Expected None, a folder or Hub id, or an AdapterPool."
+            )
+        if not isinstance(self.pool, str):
+            self._check_top_k()
+        self.expected_pool_fingerprint = self.pool_fingerprint
+
+    def resolve_pool(self) -> AdapterPool:
+        """The pool this config means, loaded if it is named by folder or id. Fields that depend on it are filled in."""
+        if self.pool is None:
+            dtype = dtype_from_name(self.pool_dtype)
+            pool = AdapterPool.random(self.num_adapters, self.bottleneck_size, self.pool_seed, dtype=dtype)
+        elif isinstance(self.pool, str):
+            pool = AdapterPool.from_pretrained(self.pool)
+        else:
+            pool = self.pool
+        self._take_sizes(pool)
+        if self.top_k is None:
+            self.top_k = max(1, self.num_adapters // 2)
+        self._check_top_k()
+        if self.scale is None:
+            if pool.kind == "random":
+                self.scale = min(RANDOM_SCALE, STEERABLE / self.num_adapters)
+            else:
+                self.scale = 1.0 if self.top_k == 1 else AVERAGE_SCALE
+        if self.mask_norm is None:
+            self.mask_norm = pool.mask_norm
+            if self.mask_norm == "signs" and self.mask_type == "soft":
+                self.mask_norm = "variance"
+        return pool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them: a pool by its id."""
+        twin = copy.copy(self)
+        if isinstance(twin.pool, AdapterPool):
+            twin.pool = twin.pool.name_or_path
+        return super(XPEFTConfig, twin).to_dict()
+
+    card_payload = "masks and gains"
+
+    def card_pool(self) -> CardPool:
+        """Its name and size."""
+        if isinstance(self.pool, AdapterPool):
+            return CardPool(self.pool.name_or_path, self.pool.nbytes, needed=True)
+        return CardPool(self.pool, 0 if self.pool is None else None, needed=self.pool is not None)
+
+    def card_facts(self) -> list[tuple[str, object]]:
+        """What a model card says of the pool and the masks."""
+        chosen = f", {self.top_k} of {self.num_adapters} adapters" if self.mask_type == "hard" else ""
+        pool = self.card_pool()
+        return [
+            ("pool", shown_name(pool.name) if pool.needed else f"random, seed {self.pool_seed}"),
+            ("pool fingerprint", f"`{self.pool_fingerprint}`"),
+            ("adapters per site, bottleneck size", f"{self.num_adapters}, {self.bottleneck_size}"),
+            ("masks", self.mask_type + chosen),
+            ("profiles", self.num_profiles),
+        ]
+
+    def _take_sizes(self, pool: AdapterPool) -> None:
+        self.num_adapters, self.bottleneck_size = pool.num_adapters, pool.bottleneck_size
+        if pool.kind == "random":
+            assert pool.seed is not None
+            self.pool, self.pool_seed, self.pool_dtype = None, pool.seed, str(pool.dtype).removeprefix("torch.")
+
+    def _check_top_k(self) -> None:
+        if self.top_k is None:
+            return
+        require_positive("top_k", self.top_k)
+        if self.top_k > self.num_adapters:
+            raise ConfigError(
+                f"top_k={self.top_k} is not possible with {self.num_adapters} adapters in the pool. Expected at most "
+                f"{self.num_adapters}."
+            )
+
+    def mask_spec(self, num_sites: int) -> MaskSpec:
+        """What the masks of this config are; its pool has been resolved."""
+        assert self.top_k is not None
+        assert self.scale is not None
+        assert self.mask_norm is not None
+        return MaskSpec(
+            num_profiles=self.num_profiles,
+            num_sites=num_sites,
+            num_adapters=self.num_adapters,
+            mask_type=self.mask_type,
+            top_k=self.top_k,
+            norm=self.mask_norm,
+            estimator=self.estimator,
+            scale=self.scale,
+            learn_gain=self.learn_gain,
+        )

@@ -1,0 +1,312 @@
+"""The tuner of X-PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from ...core.masks import require
+from ...core.sites import Site, partners
+from ...errors import ConfigError, FileFormatError, PoolMismatchError
+from ...pool import AdapterPool, PoolSlice
+from ..base.peft_private import accept_rows, register
+from ..sites.config import SiteConfig
+from ..sites.layer import SiteLayer, device_of
+from ..sites.tuner import SiteTuner
+from .baked import BakedRows
+from .config import XPEFTConfig
+from .layer import XPEFTLayer, XPEFTSite
+from .state import XPEFTModule
+from .table import MaskTable, begin_forward, end_forward
+
+TABLE = "mask_table"
+"""Attribute of the base model's root that holds the table."""
+
+
+class XPEFTModel(SiteTuner):
+    """Puts a slice of a frozen pool on every site and one mask table at the root of a model.
+
+    Made by ``get_peft_model(model, XPEFTConfig(...))``.
+    """
+
+    prefix = "xpeft_"
+    tuner_layer_cls = XPEFTModule
+    layer_cls = XPEFTLayer
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """Resolve the pool first: it knows sizes, defaults and, if it was trained, where its adapters belong."""
+        pool = peft_config.resolve_pool()
+        _check_pool(peft_config, pool)
+        self._take_targets_of_pool = peft_config.target_modules is None and pool.target_modules is not None
+        if self._take_targets_of_pool:
+            peft_config.target_modules = set(pool.target_modules or ())
+        self._resolved = [pool]
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """A pool's sites may be named from another root: take the names they have in this model."""
+        if self._take_targets_of_pool:
+            names = [name for name, _ in model.named_modules() if name]
+            present = sorted(peft_config.target_modules)
+            found = {name for name, same in zip(names, partners(names, present), strict=True) if same}
+            peft_config.target_modules = found or peft_config.target_modules
+        super()._prepare_model(peft_config, model)
+
+    def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, XPEFTSite]:
+        assert isinstance(config, XPEFTConfig)
+        present = getattr(model, TABLE, None)
+        if present is not None and not isinstance(present, MaskTable):
+            raise ConfigError(
+                f"The base model has an attribute '{TABLE}' of its own ({type(present).__name__}), where X-PEFT keeps "
+                "its masks. Wrap the model in another module."
+            )
+        pool = self._resolved.pop()
+        slices = pool.bind(sites)
+        config.pool_fingerprint = pool.fingerprint
+        return {
+            site.name: XPEFTSite(part, index, config.form)
+            for index, (site, part) in enumerate(zip(sites, slices, strict=True))
+        }
+
+    def _add_to_layer(self, layer: SiteLayer, config: SiteConfig, adapter_name: str, part: XPEFTSite) -> None:
+        assert isinstance(layer, XPEFTLayer)
+        assert isinstance(config, XPEFTConfig)
+        if part.index == 0:
+            self._add_to_table(config, adapter_name, layer)
+        part.pool = _shared(layer, part.pool)
+        layer.add(adapter_name, part, self.table)
+
+    def _add_to_table(self, config: XPEFTConfig, adapter_name: str, first: XPEFTLayer) -> None:
+        """Done at the first site: before it, PEFT has not yet decided that the base is to be frozen."""
+        if not hasattr(self.model, TABLE):
+            table = MaskTable()
+            table.train(self.model.training)
+            setattr(self.model, TABLE, table)
+            table.hooks = [
+                self.model.register_forward_pre_hook(begin_forward, with_kwargs=True),
+                self.model.register_forward_hook(end_forward, always_call=True),
+            ]
+        spec = config.mask_spec(len(self._parts))
+        self.table.add(
+            adapter_name,
+            spec,
+            trainable=not config.inference_mode,
+            logit_scale=config.logit_scale,
+            temperature=config.temperature,
+            noise=config.gumbel_noise,
+        )
+        for name, other in self.peft_config.items():
+            if other is config and name != adapter_name:  # trl's reference, for which it copies parameters only
+                self.table.copy_bytes(name, adapter_name)
+        device = device_of(first.get_base_layer())
+        if device is not None and device.type != "cpu":
+            self.table.to(device)
+        weight = getattr(first.get_base_layer(), "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):
+            self.table.cast(adapter_name, weight.dtype)  # PEFT casts it back unless autocast_adapter_dtype=False
+
+    @property
+    def table(self) -> MaskTable:
+        """The mask table of the model."""
+        table: MaskTable = getattr(self.model, TABLE)
+        return table
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The pool, named as in a PeftModel: each process has made or loaded it, so DDP need not send it every pass."""
+        names = [name for name, _ in self.named_buffers(remove_duplicate=False)]
+        return [f"base_model.{name}" for name in names if ".xpeft_sites." in name]
+
+    def set_profile(self, profile: int | str, adapter_name: str | None = None) -> None:
+        """Choose which of an adapter's profiles serves from now on. O(1): no module is visited.
+
+        Args:
+            profile: its row, from 0 to ``num_profiles - 1``; or its name, where the adapter is a bank's.
+            adapter_name: None: the active adapter.
+
+        Raises:
+            ConfigError: no such profile, or the adapter is merged.
+        """
+        if self.table.merged:
+            raise ConfigError("Cannot choose a profile while an adapter is merged. Call unmerge_adapter() first.")
+        name = adapter_name or self.active_adapters[0]
+        row = int(self.table.find_rows(name, [profile])[0]) if isinstance(profile, str) else profile
+        self.table.set_rows(name, row)
+
+    def cache_profiles(self, max_bytes: int, adapter_name: str | None = None) -> None:
+        """Keep the mixed adapters of the profiles that were used last, so that these need no mixing again.
+
+        For evaluation of models that are not compiled: profiles that train are mixed in each pass, and so is a batch of
+        more profiles than there is room for. Outputs are those without a cache up to rounding: profiles that are mixed
+        at once are mixed by another kernel than one alone.
+
+        Args:
+            max_bytes: for mixed adapters, besides those of the batch at hand; they are taken at once, in the dtype of
+                the pool. 0: nothing is kept.
+            adapter_name: None: the active adapter.
+
+        Raises:
+            ConfigError: no such adapter, or not even one profile fits.
+        """
+        name = adapter_name or self.active_adapters[0]
+        if name not in self.table.specs:
+            raise ConfigError(f"No adapter '{name}' in this model. Known: {', '.join(sorted(self.table.specs))}.")
+        layers = [module for module in self.model.modules() if isinstance(module, XPEFTLayer)]
+        sites = [layer.xpeft_sites[name] for layer in layers if name in layer.xpeft_sites]
+        sites.sort(key=lambda site: site.index)
+        self.table.keep_baked(name, BakedRows(sites, max_bytes) if max_bytes else None)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """``adapter_names`` may be rows of the active adapter, one for each example; in training too.
+
+        A LongTensor or a list of whole numbers, -1 for none, or names of profiles, where the adapter is a bank's, and
+        ``"__base__"`` for none; with ``num_beams`` one for each prompt.
+        """
+        rows = self._as_rows(kwargs.get("adapter_names"))
+        if not isinstance(rows, Tensor):
+            self.table.set_batch_rows(None)
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        self._refuse_merged()
+        _check_rows(rows, self.table.specs[self.active_adapters[0]].num_profiles)
+        self.table.set_batch_rows(rows, beams=kwargs.get("num_beams") or 1)
+        yield
+
+    def _as_rows(self, names: Any) -> Any:
+        """Rows for what is passed as ``adapter_names``, unless it is None or names of adapters."""
+        if not isinstance(names, (list, tuple)) or not names:
+            return names
+        if all(isinstance(name, int) for name in names):
+            return torch.tensor(names)
+        active = self.active_adapters[0] if self.active_adapters else None
+        if active not in self.table.names or all(name in self.peft_config or name == "__base__" for name in names):
+            return names
+        return self.table.find_rows(active, names)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
+        for hook in self.table.hooks:
+            hook.remove()
+        delattr(model, TABLE)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """What is saved: the masks (and gains) as bytes, packed from the logits where there are any."""
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        table = find_table(model)
+        prefix = next(key.rpartition(".xpeft_")[0] for key in entries if f"{TABLE}.xpeft_bits.{adapter_name}." in key)
+        keys = {part: f"{prefix}.{part}.{adapter_name}.weight" for part in MaskTable.adapter_layer_names}
+        packed = {part: entries[key] for part, key in keys.items() if key in entries}
+        if "xpeft_logits" in packed:
+            bits, gain_bits = table.pack(adapter_name, packed["xpeft_logits"], packed.get("xpeft_gain"))
+            packed = {"xpeft_bits": bits, "xpeft_gain_bits": gain_bits}
+        names = ("xpeft_bits", "xpeft_gain_bits") if table.specs[adapter_name].learn_gain else ("xpeft_bits",)
+        return {keys[name]: packed[name] for name in names}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Check the bytes of a file before any tensor reaches the model; for training, rebuild logits from them."""
+        table = find_table(model)
+        bits_key, gain_key = (_key_of(state_dict, part) for part in ("xpeft_bits", "xpeft_gain_bits"))
+        learn_gain = table.specs[adapter_name].learn_gain
+        if bits_key is None or (gain_key is None) == learn_gain:
+            expected = "xpeft_bits and xpeft_gain_bits" if learn_gain else "xpeft_bits alone"
+            raise FileFormatError(
+                f"Expected {expected} of a '{TABLE}' in the adapter file, found {sorted(state_dict) or 'nothing'}. The "
+                "file is damaged, or adapter_config.json (learn_gain) is of another one."
+            )
+        bits = state_dict[bits_key]
+        gain_bits = None if gain_key is None else state_dict[gain_key]
+        table.specs[adapter_name].check(bits, gain_bits)
+        if bits.shape[0] != table.specs[adapter_name].num_profiles:
+            raise FileFormatError(
+                f"Expected masks of {table.specs[adapter_name].num_profiles} profiles, found {bits.shape[0]}. The file "
+                "is damaged, or adapter_config.json (num_profiles) is of another one."
+            )
+        state_dict = dict(state_dict)
+        if table.is_trained(adapter_name):
+            logits, gain = table.unpack(adapter_name, bits, gain_bits)
+            state_dict[bits_key.replace("xpeft_bits", "xpeft_logits")] = logits
+            state_dict[bits_key] = torch.zeros_like(bits)
+            if gain_key is not None and gain is not None:
+                state_dict[gain_key.replace("xpeft_gain_bits", "xpeft_gain")] = gain
+                state_dict[gain_key] = torch.zeros_like(state_dict[gain_key])
+            table.rebuilt.add(adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def find_table(model: nn.Module) -> MaskTable:
+    """The mask table inside a model, wrapped by PEFT or not.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    for module in model.modules():
+        if isinstance(module, MaskTable):
+            return module
+    raise ConfigError(f"Expected a model with an X-PEFT adapter, found a {type(model).__name__} without one.")
+
+
+def _check_rows(rows: Tensor, count: int) -> None:
+    expected = f"Expected adapter_names as a LongTensor of rows from 0 to {count - 1} (-1: none), one for each example"
+    if rows.dtype != torch.long or rows.dim() != 1:
+        raise ConfigError(f"{expected}; found {rows.dtype} of shape {tuple(rows.shape)}.")
+    known = ((rows >= -1) & (rows < count)).all()
+    if torch.compiler.is_compiling():
+        require(known, ConfigError(f"{expected}; found another row."))
+    elif not known:
+        raise ConfigError(f"{expected}; found {rows[:8].tolist()}.")
+
+
+def _key_of(state_dict: dict[str, Tensor], part: str) -> str | None:
+    return next((key for key in state_dict if key.endswith(f"{TABLE}.{part}.weight")), None)
+
+
+def _shared(layer: XPEFTLayer, part: PoolSlice) -> PoolSlice:
+    """The slice that an earlier adapter of the same pool already has at this site, if any."""
+    for site in layer.xpeft_sites.values():
+        if site.pool.origin == part.origin:
+            present: PoolSlice = site.pool
+            return present
+    return part
+
+
+def _check_pool(config: XPEFTConfig, pool: AdapterPool) -> None:
+    expected = config.expected_pool_fingerprint
+    if expected is not None and pool.fingerprint != expected:
+        raise PoolMismatchError(
+            f"This profile was trained on the pool with fingerprint {expected}; the pool at hand ({pool!r}) has "
+            f"{pool.fingerprint}. Its config names the pool {config.pool!r}: load that one, or set config.pool to it.",
+            expected=expected,
+            found=pool.fingerprint,
+        )
+    wanted = {"insertion_form": pool.insertion_form, "activation": pool.activation, "layer_norm": pool.layer_norm}
+    for name, value in wanted.items():
+        if value is not None and getattr(config, name) != value:
+            raise PoolMismatchError(
+                f"The adapters of this {pool.kind} pool were made with {name}={value!r}; the config says "
+                f"{name}={getattr(config, name)!r}. Pass {name}={value!r} to XPEFTConfig.",
+                expected=value,
+                found=getattr(config, name),
+            )
+
+
+register("xpeft", XPEFTConfig, XPEFTModel)
+accept_rows()
