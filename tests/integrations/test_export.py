@@ -1,11 +1,12 @@
 """A linear adapter as a stock LoRA, loaded where this package is not."""
 
+import copy
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import convert_to_lora, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -162,3 +163,29 @@ def test_diffusers_loads_a_profile_of_a_unet(form, tmp_path):
     found = load_file(tmp_path / "out.safetensors")["sample"]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     assert (found - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("decoder", [False, True])
+def test_peft_converts_a_linear_adapter_to_lora(decoder, tiny_bert, tiny_batch):
+    """PEFT's own conversion: at full rank the LoRA is the adapter, up to rounding."""
+    torch.manual_seed(0)
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_embd=16, n_layer=2, n_head=2)) if decoder else tiny_bert()
+    plain = copy.deepcopy(base)
+    form = {"activation": "identity", "insertion_form": "parallel", "use_bias": False}
+    model = get_peft_model(base, BottleneckConfig(bottleneck_size=4, scale=30.0, **form)).eval()
+    shake(model)
+    config, tensors = convert_to_lora(model, rank=4)
+    converted = get_peft_model(plain, config).eval()
+    set_peft_model_state_dict(converted, tensors)
+    with torch.no_grad():
+        expected = model(**tiny_batch).logits
+        torch.testing.assert_close(converted(**tiny_batch).logits, expected, atol=1e-5, rtol=1e-5)
+        with converted.disable_adapter():
+            assert (converted(**tiny_batch).logits - expected).abs().max() > 1e-3
+
+
+def test_peft_refuses_to_convert_what_is_not_linear(tiny_bert):
+    model = get_peft_model(tiny_bert(), BottleneckConfig(bottleneck_size=4))
+    assert not model.base_model.supports_lora_conversion()
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(model, rank=4)

@@ -215,6 +215,24 @@ class SiteLayer(nn.Module, BaseTunerLayer):
             down = down @ (weight.T if isinstance(self.get_base_layer(), Conv1D) else weight).to(down.dtype)
         return down, up, _sum(None if inner is None else up @ inner.detach(), pair.up_bias)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` can take this adapter: it is linear and adds no constant."""
+        if self.form(adapter_name) is None or self.why_not_linear(adapter_name) is not None or self._not_plain():
+            return False
+        return self.linear_change(adapter_name)[2] is None
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What a linear adapter adds to the module's weight: ``up down``, in the shape of that weight.
+
+        Raises:
+            MergeError: the adapter is not linear.
+        """
+        if reason := self.why_not_linear(adapter_name):
+            raise MergeError(f"Expected an adapter that is a change of the weight, found another one: {reason}")
+        down, up, _ = self.linear_change(adapter_name)
+        delta = up @ down
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
     def _merged(self, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         down, up, constant = self.linear_change(name)
         delta = up @ down
