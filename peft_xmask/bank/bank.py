@@ -14,7 +14,6 @@ from torch import nn
 from ..core.hub import HubOptions, find_folder, upload
 from ..errors import ConfigError
 from ..tuners.xpeft.model import find_table
-from .archive import read_archive, write_archive
 from .compatibility import check_alike
 from .merging import write_merged
 from .profile import Profile
@@ -159,23 +158,6 @@ class ProfileBank(BankRows):
             LockedError: another process is writing there.
         """
         write_merged([self], Path(folder))
-
-    def save_archive(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank as one file, hard masks at the information bound: smaller, and to be decoded before use.
-
-        Raises:
-            ConfigError: soft masks, which have no such bound.
-        """
-        write_archive(self, Path(path))
-
-    @classmethod
-    def from_archive(cls, path: str | os.PathLike[str]) -> ProfileBank:
-        """Read a bank from :meth:`save_archive`, into memory.
-
-        Raises:
-            FileFormatError, MaskFormatError: it is damaged, or something else.
-        """
-        return cls(*read_archive(Path(path)))
 
     @classmethod
     def merge(

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,17 +63,17 @@ def verify_bank(where: str | os.PathLike[str]) -> Verification:
     """Check a bank's files as docs/bank-format.md says: all masks, gains and names, and that they belong together.
 
     Args:
-        where: folder or Hub repository of a bank, or the file of an archive.
+        where: folder or Hub repository of a bank.
 
     Raises:
         ConfigError: there is no such thing.
     """
-    folder = None if Path(where).is_file() else find_folder(where, FILENAMES, HubOptions())
+    folder = find_folder(where, FILENAMES, HubOptions())
     try:
-        bank = ProfileBank.from_archive(where) if folder is None else ProfileBank.from_pretrained(folder.path)
+        bank = ProfileBank.from_pretrained(folder.path)
     except FileFormatError as error:
         return Verification(None, 1, (Problem(str(error)),))
-    problems = chain(() if folder is None else folder_problems(folder, bank), bank_problems(bank))
+    problems = chain(folder_problems(folder, bank), bank_problems(bank))
     first = tuple(islice(problems, SHOWN))
     return Verification(len(bank), len(first) + sum(1 for _ in problems), first)
 

@@ -26,9 +26,8 @@ SIZES = {
     "file_bytes": "file",
     "folder_bytes": "folder",
 }
-Bank = Annotated[str, typer.Argument(help="Folder or Hub id of a bank, or the file of an archive.")]
-Out = Annotated[Path, typer.Option(help="Folder to write the bank to; with --archive, a file.")]
-Archive = Annotated[bool, typer.Option("--archive", help="Write one file, hard masks at the information bound.")]
+Bank = Annotated[str, typer.Argument(help="Folder or Hub id of a bank.")]
+Out = Annotated[Path, typer.Option(help="Folder to write the bank to.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Write over what is at --out; its readers go on undisturbed.")]
 Names = Annotated[Path | None, typer.Option(help="File of names: one a line, or a JSON list.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -41,14 +40,13 @@ def build(
     ],
     out: Out,
     names: Names = None,
-    archive: Archive = False,
     replace: Replace = False,
 ) -> None:
     """Make a bank of adapters that were trained one by one, or of one that has many rows."""
     from ..errors import ConfigError
     from ..profiles import ProfileBank
 
-    _refuse_present(out, archive, replace)
+    _refuse_present(out, replace)
     if len(sources) == 1 and _is_adapter(Path(sources[0])):
         bank = ProfileBank.from_pretrained(sources[0])
         if names is not None:
@@ -62,7 +60,7 @@ def build(
         found = find_adapters(sources)
         with progress_bar(f"reading {len(found)} adapters"):
             bank = ProfileBank.from_profiles(found)
-    _write(bank, out, archive)
+    _write(bank, out)
 
 
 @app.command()
@@ -79,27 +77,18 @@ def inspect(bank: Bank, as_json: Json = False) -> None:
 
 @app.command()
 def merge(
-    banks: Annotated[list[str], typer.Argument(help="Folders or Hub ids of banks, or files of archives.")],
+    banks: Annotated[list[str], typer.Argument(help="Folders or Hub ids of banks.")],
     out: Out,
-    archive: Archive = False,
     replace: Replace = False,
 ) -> None:
-    """Write several banks as one, streaming. With one bank: copy it, or turn it into an archive or back."""
-    import tempfile
-
+    """Write several banks as one, streaming. With one bank: copy it."""
     from ..profiles import ProfileBank
 
-    _refuse_present(out, archive, replace)
+    _refuse_present(out, replace)
     opened = [open_bank(bank) for bank in banks]
-    if len(opened) == 1:
-        _write(opened[0], out, archive)
-    elif archive:
-        with tempfile.TemporaryDirectory() as folder:
-            _write(ProfileBank.merge(opened, folder), out, archive)
-    else:
-        with progress_bar(f"merging {len(opened)} banks"):
-            merged = ProfileBank.merge(opened, out)
-        _print_written(merged, out)
+    with progress_bar(f"merging {len(opened)} banks"):
+        merged = ProfileBank.merge(opened, out)
+    _print_written(merged, out)
 
 
 @app.command()
@@ -108,7 +97,6 @@ def select(
     out: Out,
     wanted: Annotated[list[str] | None, typer.Argument(help="Names of profiles.")] = None,
     names: Names = None,
-    archive: Archive = False,
     replace: Replace = False,
 ) -> None:
     """Write some of a bank's profiles as a bank, in the order they are named."""
@@ -117,8 +105,8 @@ def select(
     chosen = [*(wanted or ()), *(() if names is None else read_names(names))]
     if not chosen:
         raise ConfigError("Expected names of profiles after the bank or in --names, found none.")
-    _refuse_present(out, archive, replace)
-    _write(open_bank(bank).select(chosen), out, archive)
+    _refuse_present(out, replace)
+    _write(open_bank(bank).select(chosen), out)
 
 
 @app.command()
@@ -169,21 +157,20 @@ def diff(
 
 
 def open_bank(where: str) -> ProfileBank:
-    """A bank in a folder, on the Hub or in an archive.
+    """A bank in a folder or on the Hub.
 
     Raises:
         ConfigError, FileFormatError: there is none, or it is damaged.
     """
     from ..profiles import ProfileBank
 
-    return ProfileBank.from_archive(where) if Path(where).is_file() else ProfileBank.from_pretrained(where)
+    return ProfileBank.from_pretrained(where)
 
 
 def describe_bank(where: str) -> dict[str, Any]:
     """Everything ``bank inspect`` can say, as plain data. Only what it prints is read."""
     from itertools import islice
 
-    from ..bank.combinatorial import coded_size
     from ..core.adapter_folder import ADAPTER_FILE
     from ..pool import AdapterPool
 
@@ -191,14 +178,10 @@ def describe_bank(where: str) -> dict[str, Any]:
     config, content = bank.config, bank.content()
     assert content.names is not None
     size = bank.nbytes
-    if path.is_file():
-        gains = 0 if content.gain_bits is None else 2 * bank.spec.num_sites
-        size = coded_size(2 * bank.spec.num_sites, bank.spec.num_adapters, bank.spec.top_k) + gains
     files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else []
     return {
-        "kind": "archive of a bank" if path.is_file() else "bank",
+        "kind": "bank",
         "path": where,
-        "coding": "combinatorial" if path.is_file() else "bits",
         "profiles": len(bank),
         "first_names": list(islice(bank, SHOWN)),
         "base_model": config.base_model_name_or_path,
@@ -216,7 +199,7 @@ def describe_bank(where: str) -> dict[str, Any]:
             "names_bytes": sum(tensor.nbytes for tensor in content.names.tensors.values()),
             "head_bytes": sum(tensor.nbytes for tensor in bank.shared.values()),
             "pool_bytes": AdapterPool.from_pretrained(config.pool).nbytes if isinstance(config.pool, str) else 0,
-            "file_bytes": (path / ADAPTER_FILE if files else path).stat().st_size if path.exists() else None,
+            "file_bytes": (path / ADAPTER_FILE).stat().st_size if files else None,
             "folder_bytes": sum(each.stat().st_size for each in files) if files else None,
         },
     }
@@ -271,29 +254,25 @@ def _is_adapter(path: Path) -> bool:
     return (path / "adapter_config.json").is_file()
 
 
-def _refuse_present(out: Path, archive: bool, replace: bool) -> None:
+def _refuse_present(out: Path, replace: bool) -> None:
     from ..errors import ConfigError
 
-    present = out.exists() if archive else out.is_file() or _is_adapter(out)
-    if present and (not replace or out.is_dir() == archive):
-        what = "a folder" if out.is_dir() else "a file"
-        advice = "--archive writes a file." if out.is_dir() == archive else "Choose another place, or pass --replace."
-        raise ConfigError(f"There is {what} at '{out}' already. {advice}")
+    if out.is_file():
+        raise ConfigError(f"'{out}' is a file, and a bank is a folder. Choose another place.")
+    if _is_adapter(out) and not replace:
+        raise ConfigError(f"'{out}' already holds a bank or an adapter. Choose another place, or pass --replace.")
 
 
-def _write(bank: ProfileBank, out: Path, archive: bool) -> None:
+def _write(bank: ProfileBank, out: Path) -> None:
     with progress_bar(f"writing {len(bank):,} profiles"):
-        if archive:
-            bank.save_archive(out)
-        else:
-            bank.save_pretrained(out)
+        bank.save_pretrained(out)
     _print_written(bank, out)
 
 
 def _print_written(bank: ProfileBank, out: Path) -> None:
     from ..core.adapter_folder import ADAPTER_FILE
 
-    size = (out if out.is_file() else out / ADAPTER_FILE).stat().st_size
+    size = (out / ADAPTER_FILE).stat().st_size
     print_facts(
         {
             "profiles": f"{len(bank):,}",

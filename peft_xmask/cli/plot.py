@@ -69,15 +69,10 @@ def bytes_per_profile(
     task: Annotated[str, typer.Option(help="Task of the base model.")] = "FEATURE_EXTRACTION",
 ) -> None:
     """Draw bytes a profile beside those of other methods, measured as they are saved."""
-    from ..bank.combinatorial import coded_size
     from ..bank.plot import plot_bytes
 
     opened = _opened(bank)
-    spec = opened.spec
     ours = {"this bank": float(opened.nbytes)}
-    if spec.mask_type == "hard":
-        gains = 2 * spec.num_sites if spec.learn_gain else 0
-        ours["this bank, archived"] = coded_size(2 * spec.num_sites, spec.num_adapters, spec.top_k) + gains
     peers = {name: peer_size(name, base, task) for name in method or ()}
     _save(plot_bytes({**ours, **{Path(name).name: size for name, size in peers.items()}}, tuple(ours)), out)
 

@@ -19,7 +19,6 @@ from timing import Summary, in_turn, load_average, out, paired_ratio, print_json
 from transformers import BertConfig, BertModel
 
 from peft_xmask import ProfileBank, XPEFTConfig
-from peft_xmask.bank.combinatorial import decode, encode
 from peft_xmask.core.packing import pack_bits, pack_halves
 
 SHAPES = {
@@ -75,26 +74,6 @@ def opening(folder, count, rounds=20):
         assert bank[name].nbytes
     own, mapped = (now - before for now, before in zip(resident(), start, strict=True))
     return bank, Summary.of(opens), Summary.of(finds), {"own": own, "mapped": mapped}
-
-
-def coding(num_adapters=400, top_k=50, sites=12, profiles=1000, rounds=7):
-    """Bytes of a profile in an archive, and milliseconds of processor time to make and to read them, in bulk."""
-    bits, times = random_masks(profiles, sites, num_adapters, top_k), {"encode_ms": [], "decode_ms": []}
-    for _ in range(rounds):
-        coded, encoding = seconds_of(lambda: encode(bits, num_adapters, top_k))
-        decoded, decoding = seconds_of(lambda coded=coded: decode(coded, sites, num_adapters, top_k))
-        assert torch.equal(decoded, bits)
-        times["encode_ms"].append(1e3 * encoding / profiles)
-        times["decode_ms"].append(1e3 * decoding / profiles)
-    sizes = {"coded": coded.shape[1], "bits": bits[0].numel()}
-    return {"masks": f"{top_k} of {num_adapters} at {sites} sites", "bytes": sizes} | {
-        name: Summary.of(each).as_dict() for name, each in times.items()
-    }
-
-
-def seconds_of(run):
-    start = time.thread_time()
-    return run(), time.thread_time() - start
 
 
 def switching(base, banks, loras, rounds, limit):
@@ -200,7 +179,6 @@ def main():
         bank_of(base, options.profiles).save_pretrained(work)
         file_bytes = {path.name: path.stat().st_size for path in Path(work).glob("*.safetensors")}
         bank, opened, found, memory = opening(work, options.profiles)
-        facts["coding"] = coding()
         facts["opening"] = {
             "profiles": len(bank), "masks_bytes": len(bank) * bank.nbytes, "open_ms": opened.as_dict(),
             "find_us": found.as_dict(), "resident_bytes": memory, "files": file_bytes,
@@ -273,12 +251,6 @@ def show(console, facts):
             cells = [cell(each[f"{name}_over_{peer}"]) for peer in ("one", "loras")]
             table.add_row(batch, title, *cells, "" if name == "mixed" else f"{each['kept_bytes']:,}")
     console.print(table)
-    each = facts["coding"]
-    console.print(
-        f"An archive's masks, {each['masks']}: {each['bytes']['coded']} bytes a profile instead of "
-        f"{each['bytes']['bits']}; {each['encode_ms']['median']:.2f} ms of processor time to code it, "
-        f"{each['decode_ms']['median']:.2f} ms to decode it"
-    )
 
 
 def cell(each):

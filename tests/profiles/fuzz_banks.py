@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of what opens a bank. ``pip install atheris``; ``python fuzz_banks.py -max_total_time=600``.
 
-Each input is one byte that says which file it replaces, and the file: masks, names, config, or an archive. Any error
+Each input is one byte that says which file it replaces, and the file: masks, names or config. Any error
 but ours is a find. Options are those of libFuzzer. test_faults.py runs a little of it where atheris is installed.
 """
 
@@ -30,16 +30,12 @@ def make_files(folder):
     config = XPEFTConfig(num_adapters=12, bottleneck_size=2, num_profiles=len(NAMES))
     bank = ProfileBank.from_model(get_peft_model(BertModel(BertConfig(**sizes)), config), NAMES)
     bank.save_pretrained(folder)
-    bank.save_archive(folder / "bank.archive")
-    return [
-        folder / "adapter_model.safetensors", next(folder.glob("profiles-*")), folder / "adapter_config.json",
-        folder / "bank.archive",
-    ]  # fmt: skip
+    return [folder / "adapter_model.safetensors", next(folder.glob("profiles-*")), folder / "adapter_config.json"]
 
 
 def use(where):
     with suppress(PeftXMaskError):
-        bank = ProfileBank.from_archive(where) if where.is_file() else ProfileBank.from_pretrained(where)
+        bank = ProfileBank.from_pretrained(where)
         for name in NAMES:
             with suppress(KeyError):
                 bank[name]
@@ -63,7 +59,7 @@ def main():
             files[which].unlink()  # the old file may be mapped
             files[which].write_bytes(data[1:])
             try:
-                use(files[which] if files[which].suffix == ".archive" else files[which].parent)
+                use(files[which].parent)
             finally:
                 files[which].unlink()
                 files[which].write_bytes(whole[which])

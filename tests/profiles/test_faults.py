@@ -12,13 +12,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from peft_xmask.bank.storage import BITS
-from peft_xmask.core.files import read_tensors
 from peft_xmask.errors import FileFormatError, PeftXMaskError
 from peft_xmask.profiles import ProfileBank, verify_bank
 
@@ -43,7 +40,7 @@ def files_of(folder) -> dict[str, bytes]:
 def use(where) -> None:
     """What users do with a bank, and what a checker does: an error of ours, or an answer."""
     with suppress(PeftXMaskError, KeyError):
-        bank = ProfileBank.from_archive(where) if where.is_file() else ProfileBank.from_pretrained(where)
+        bank = ProfileBank.from_pretrained(where)
         for name in bank:
             assert bank[name].selected(bank.spec).sum(-1).eq(bank.spec.top_k).all()
         bank.similar("ann", 3)
@@ -94,17 +91,6 @@ def test_any_damage_to_any_file_is_refused_or_harmless(folder, which, steps):
     finally:
         for each, content in whole.items():
             (folder / each).write_bytes(content)
-
-
-@fuzzed
-@given(damage)
-def test_any_damage_to_an_archive_is_refused_or_harmless(bank, tmp_path, steps):
-    path = tmp_path / "bank.archive"
-    if not path.exists():
-        bank.save_archive(path)
-        shutil.copy(path, tmp_path / "whole")
-    path.write_bytes(damaged((tmp_path / "whole").read_bytes(), steps))
-    use(path)
 
 
 def with_header(content: bytes, change) -> bytes:
@@ -193,34 +179,6 @@ def test_any_value_of_a_config_is_refused_or_harmless(folder, field, value):
         use(folder)
     finally:
         path.write_text(whole)
-
-
-archived = st.one_of(
-    st.tuples(st.just("config"), st.sampled_from(FIELDS), anything),
-    st.tuples(st.sampled_from(["sites", "archive_version", "bank_format", "config"]), st.none(), st.text(max_size=12)),
-    st.tuples(st.just("sites"), st.none(), st.integers(-(10**10), 10**10).map(str)),
-    st.tuples(st.just("coded"), st.none(), st.binary(min_size=70, max_size=70)),
-)
-
-
-@fuzzed
-@given(archived)
-@example(("config", "num_adapters", 4000))
-@example(("config", "top_k", 1))
-@example(("coded", None, b"\xff" * 70))
-def test_any_content_of_an_archive_is_refused_or_harmless(bank, tmp_path, change):
-    path = tmp_path / "bank.archive"
-    if not path.exists():
-        bank.save_archive(path)
-        shutil.copy(path, tmp_path / "whole")
-    tensors, facts = read_tensors(tmp_path / "whole")
-    part, field, value = change
-    if part == "coded":
-        tensors["coded"] = torch.frombuffer(bytearray(value), dtype=torch.uint8).view(tensors["coded"].shape)
-    else:
-        facts[part] = value if field is None else json.dumps({**json.loads(facts[part]), field: value})
-    save_file(tensors, path, metadata=facts)
-    use(path)
 
 
 @contextmanager

@@ -116,17 +116,6 @@ def test_a_bank_that_cannot_be_opened_has_one_problem(folder):
         verify_bank(folder / "nowhere")
 
 
-def test_an_archive(bank, tmp_path):
-    path = tmp_path / "bank.archive"
-    bank.save_archive(path)
-    assert verify_bank(path).total == 0
-    rewrite(path, lambda tensors: tensors["gain_bits"][2].fill_(255))
-    (problem,) = verify_bank(path).problems
-    assert (problem.row, problem.name) == (2, "Zoë")
-    rewrite(path, lambda tensors: tensors["coded"].fill_(255))
-    assert verify_bank(path).profiles is None
-
-
 def test_all_problems_are_counted_and_the_first_are_told(many_profiles, tmp_path):
     ProfileBank.from_model(many_profiles(num_profiles=50)).save_pretrained(tmp_path)
     rewrite(tmp_path / MODEL, lambda tensors: tensors[BITS].zero_())

@@ -1,6 +1,6 @@
-"""Writes the golden bank and archive beside it, of version 1 of both formats: ``python make_golden.py``.
+"""Writes the golden bank of version 1 beside this file: ``python make_golden.py``.
 
-They are not to be written again: what they are for is that banks of this version can be opened for ever.
+Do not write it again. It is there so that every later version opens banks of this one.
 """
 
 import tempfile
@@ -29,7 +29,6 @@ def golden_bank() -> ProfileBank:
 if __name__ == "__main__":
     here = Path(__file__).parent
     bank = golden_bank()
-    bank.save_archive(here / "archive.safetensors")
     with tempfile.TemporaryDirectory() as temporary:
         bank.save_pretrained(temporary)
         (here / "bank").mkdir(exist_ok=True)
