@@ -1,17 +1,24 @@
 """Registration, and the names of PEFT that this package stands on."""
 
+import ast
 import importlib
 import inspect
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 
+import peft
 import pytest
-from peft import PeftType
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import variants
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 
 import peft_xmask
 from peft_xmask import BottleneckConfig, XPEFTConfig
@@ -50,9 +57,101 @@ def test_a_method_of_someone_else_is_left_alone():
         del PEFT_TYPE_TO_CONFIG_MAPPING[member]
 
 
-def test_every_name_taken_from_peft_exists():
-    for name in _peft.__all__:
-        assert hasattr(_peft, name), name
+def our_modules() -> list[ModuleType]:
+    """Every module of the tuners."""
+    found = pkgutil.walk_packages(peft_xmask.tuners.__path__, "peft_xmask.tuners.")
+    return [importlib.import_module(each.name) for each in found]
+
+
+def our_classes(base: type) -> list[type]:
+    """Classes of ours that extend one of PEFT's."""
+    members = (member for module in our_modules() for member in vars(module).values() if isinstance(member, type))
+    return sorted({each for each in members if issubclass(each, base) and "peft_xmask" in each.__module__}, key=repr)
+
+
+HOOKS = {
+    BaseTuner: (
+        "_cast_adapter_dtype",
+        "_check_merge_allowed",
+        "_check_target_module_exists",
+        "_create_and_replace",
+        "_get_adapter_state_dict",
+        "_prepare_adapter_config",
+        "_prepare_model",
+        "_remap_adapter_state_dict_for_load",
+        "_unload_and_optionally_merge",
+        "inject_adapter",
+        "prefix",
+        "set_adapter",
+        "target_module_mapping",
+        "tuner_layer_cls",
+        "unload",
+    ),
+    BaseTunerLayer: (
+        "_move_adapter_to_device_of_base_layer",
+        "adapter_layer_names",
+        "bias",
+        "delete_adapter",
+        "enable_adapters",
+        "merge",
+        "other_param_names",
+        "set_adapter",
+        "supports_lora_conversion",
+        "unmerge",
+        "weight",
+    ),
+}
+"""What PEFT calls or reads, and we override: under another name there, ours would silently not be called any more."""
+
+
+@pytest.mark.parametrize(("base", "hook"), [(base, hook) for base, hooks in HOOKS.items() for hook in hooks])
+def test_peft_still_has_each_hook_that_we_override(base: type, hook: str):
+    ours = [vars(each)[hook] for each in our_classes(base) if hook in vars(each)]
+    assert ours, f"nobody overrides {hook}: take it off the list"
+    assert hook in dir(base) or hook in base.__annotations__
+    theirs = inspect.getattr_static(base, hook, None)
+    theirs, *ours = (getattr(each, "__func__", each) for each in (theirs, *ours))
+    if inspect.isfunction(theirs):
+        names = list(inspect.signature(theirs).parameters)
+        for each in ours:
+            own = inspect.signature(each).parameters.values()
+            star = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in own)
+            accepted = [parameter.name for parameter in own if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+            assert star or len(accepted) >= len(names), (hook, names, accepted)
+
+
+def test_the_list_of_hooks_is_complete():
+    overridden = {
+        (base, name)
+        for base in HOOKS
+        for each in our_classes(base)
+        for name in vars(each)
+        if name in dir(base) and name not in dir(nn.Module) and name != "_abc_impl" and not name.startswith("__")
+    }
+    missing = overridden - {(base, hook) for base, hooks in HOOKS.items() for hook in hooks}
+    assert not missing, "add these to HOOKS"
+
+
+def test_peft_still_has_what_is_looked_up_by_name():
+    """Where it is missing we go on without, so nothing else would notice."""
+    assert inspect.isfunction(variants.is_alora_relevant_in_batch)
+    for method in ("create_or_update_model_card", "_upload_modified_files"):
+        assert inspect.isfunction(inspect.getattr_static(PeftModel, method))
+    assert "_enable_peft_forward_hooks" in inspect.getsource(PeftModel)
+
+
+def test_private_names_of_peft_are_imported_in_one_file():
+    found = set()
+    for path in sorted(Path(peft_xmask.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] == "peft" and not node.level:
+                found |= {(path.name, f"{node.module}.{each.name}") for each in node.names if _is_private(node, each)}
+    assert {name for name, _ in found} <= {"peft_private.py"}, found
+
+
+def _is_private(node: ast.ImportFrom, alias: ast.alias) -> bool:
+    public = (peft, peft.utils) if node.module in ("peft", "peft.utils") else (peft,)
+    return alias.name.startswith("_") or not any(hasattr(module, alias.name) for module in public)
 
 
 PROBE = """

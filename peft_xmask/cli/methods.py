@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from peft import LoraConfig, PeftConfig
-from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from ..errors import ConfigError
 from ..pool import AdapterPool
+from ..tuners.base.peft_private import DUMMY_TARGET_MODULES
 from ..tuners.bottleneck import BottleneckConfig
 from ..tuners.magnitude_mask import MagnitudeMaskConfig
 from ..tuners.weight_adapter import WeightAdapterConfig

@@ -36,8 +36,8 @@ def export_sparse_delta(model: nn.Module, path: str | Path, adapter_name: str = 
         for name, layer in root.named_modules():
             if isinstance(layer, MagnitudeMaskLayer) and layer.has(adapter_name):
                 for change in layer.changes(adapter_name):
-                    assert change.places is not None
-                    tensors[f"{name}.{change.name}.indices"] = change.places.index.cpu()
+                    assert change.indices is not None
+                    tensors[f"{name}.{change.name}.indices"] = change.indices.index.cpu()
                     tensors[f"{name}.{change.name}.values"] = change.delta.detach().cpu().float()
     if not tensors:
         raise ConfigError(

@@ -64,7 +64,7 @@ class WeightAdapterCallback(RecordCallback):
             return
         tensors: dict[str, Tensor] = {}
         for name in _trained(kwargs["model"]):
-            stored = find_table(kwargs["model"]).vectors[name].weight
+            stored = find_table(kwargs["model"]).holders[name].weight
             if stored.any():
                 tensors[f"{name}.stored"] = stored
             tensors |= {f"{name}.{key}": weight for key, weight in _factors(kwargs["model"], name).items()}
@@ -82,7 +82,7 @@ def _factors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def _trained(model: nn.Module) -> list[str]:
     """Names of the adapters that are being trained."""
-    names = find_table(model).vectors
+    names = find_table(model).holders
     return [name for name in names if any(each.requires_grad for each in _factors(model, name).values())]
 
 
@@ -91,7 +91,7 @@ def _put_back(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     for name in _trained(model):
         for key, weight in _factors(model, name).items():
             pairs.append((weight, check_shape(name, weight, tensors.get(f"{name}.{key}"), path)))
-        holder = table.vectors[name]
+        holder = table.holders[name]
         kept = tensors.get(f"{name}.stored")
         stored = torch.zeros_like(holder.weight) if kept is None else check_shape(name, holder.weight, kept, path)
         holder.weight = stored.to(holder.weight)

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.mixed import COMPATIBLE_TUNER_TYPES
 
+from ..tuners.base.peft_private import COMPATIBLE_TUNER_TYPES
 from .card import Card, card_for
 
 

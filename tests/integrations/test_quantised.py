@@ -250,7 +250,7 @@ def test_the_sparse_path_adds_what_its_matrix_would(base, batch):
     cotangent = torch.randn_like(y)
     matrix = torch.zeros(layer.out_features, layer.in_features)
     for change in (*layer.changes("default"), *layer.changes("second")):
-        matrix.view(-1).index_add_(0, change.places.index, change.delta.detach())
+        matrix.view(-1).index_add_(0, change.indices.index, change.delta.detach())
     matrix.requires_grad_()
     other = x.detach().requires_grad_()
     expected = layer.base_layer(other) + (other.float() @ matrix.t()).to(y.dtype)
@@ -259,11 +259,11 @@ def test_the_sparse_path_adds_what_its_matrix_would(base, batch):
     y.backward(cotangent)
     expected.backward(cotangent)
     torch.testing.assert_close(x.grad, other.grad, **tolerance)
-    values = model.base_model.table.vectors
+    values = model.base_model.table.holders
     for name in ("default", "second"):
         (change,) = layer.changes(name)
-        found = values[name].weight.grad[: len(change.places)]
-        torch.testing.assert_close(found, matrix.grad.view(-1)[change.places.index], **tolerance)
+        found = values[name].weight.grad[: len(change.indices)]
+        torch.testing.assert_close(found, matrix.grad.view(-1)[change.indices.index], **tolerance)
     with torch.no_grad():
         mixed = layer(x, adapter_names=["__base__", "default", "second"])
         assert torch.equal(mixed[0], layer.base_layer(x)[0])
@@ -287,7 +287,7 @@ def test_biases_of_quantised_modules_take_part():
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
     assert torch.equal(base[0].get_base_layer().bias, own)
     model(x).sum().backward()
-    grad = model.base_model.table.vectors["default"].weight.grad
+    grad = model.base_model.table.holders["default"].weight.grad
     torch.testing.assert_close(grad[-64:], torch.full((64,), 3.0))
 
 

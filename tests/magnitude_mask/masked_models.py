@@ -18,7 +18,7 @@ def logits(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def layers_of(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Adapted layers by name."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, "magnitude_mask_shares")}
+    return {name: module for name, module in model.named_modules() if hasattr(module, "magnitude_mask_masks")}
 
 
 def base_tensors(model: torch.nn.Module) -> dict[str, Tensor]:

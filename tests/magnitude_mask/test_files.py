@@ -63,9 +63,9 @@ def test_a_profile_trained_in_float32_on_a_half_precision_base(dtype, masked, ti
     logits(low, tiny_batch)
     for (name, mine), theirs in zip(layers_of(model).items(), layers_of(low).values(), strict=True):
         (one,), (other,) = mine.changes("default"), theirs.changes("default")
-        assert torch.equal(one.places.index, other.places.index)
-        expected = own[f"{name}.weight"].view(-1)[one.places.index].float() + one.delta
-        assert torch.equal(theirs.weight.view(-1)[one.places.index], expected.to(dtype))
+        assert torch.equal(one.indices.index, other.indices.index)
+        expected = own[f"{name}.weight"].view(-1)[one.indices.index].float() + one.delta
+        assert torch.equal(theirs.weight.view(-1)[one.indices.index], expected.to(dtype))
 
 
 def spoiled(tmp_path, masked, change):

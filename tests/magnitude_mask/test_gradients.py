@@ -21,16 +21,16 @@ class Kinds(nn.Module):
         self.embedding = nn.Embedding(9, 6, padding_idx=0)
         self.norm = nn.LayerNorm(6)
         self.linear = nn.Linear(6, 8)
-        self.turned = Conv1D(8, 8)
+        self.conv1d_of_gpt2 = Conv1D(8, 8)
         self.conv1d = nn.Conv1d(5, 5, 3, padding=1)
         self.conv2d = nn.Conv2d(5, 3, 3, padding=1)
 
     def forward(self, tokens):
-        x = self.turned(torch.tanh(self.linear(self.norm(self.embedding(tokens)))))
+        x = self.conv1d_of_gpt2(torch.tanh(self.linear(self.norm(self.embedding(tokens)))))
         return self.conv2d(torch.tanh(self.conv1d(x)).unflatten(-1, (2, 4)))
 
 
-ALL = ["embedding", "norm", "linear", "turned", "conv1d", "conv2d"]
+ALL = ["embedding", "norm", "linear", "conv1d_of_gpt2", "conv1d", "conv2d"]
 TOKENS = torch.tensor([[1, 2, 0, 4, 8], [5, 5, 3, 0, 1]])
 
 
@@ -64,7 +64,7 @@ def dense_gradients(model, adapter="default"):
     found = []
     for name, changes in places.items():
         module = plain.get_submodule(name.removeprefix("base_model.model."))
-        found += [getattr(module, each.name).grad.reshape(-1)[each.places.index].float() for each in changes]
+        found += [getattr(module, each.name).grad.reshape(-1)[each.indices.index].float() for each in changes]
     return torch.cat(found)
 
 
@@ -96,7 +96,7 @@ def test_several_active_adapters_each_get_their_own():
 
 def test_the_padding_row_is_left_alone():
     model = build(density=1.0)
-    places = model.base_model.model.embedding.changes("default")[0].places.index
+    places = model.base_model.model.embedding.changes("default")[0].indices.index
     assert places.min() == 6
     with torch.no_grad():
         assert torch.equal(model.base_model.model.embedding(torch.tensor([0])), torch.zeros(1, 6))

@@ -20,7 +20,7 @@ def by_sorting(numbers, count, selection):
 
 def flat(mask, numbers):
     starts = [0, *torch.tensor([each.numel() for each in numbers]).cumsum(0).tolist()]
-    return torch.cat([places.index + start for places, start in zip(mask.places, starts, strict=False)])
+    return torch.cat([places.index + start for places, start in zip(mask.indices, starts, strict=False)])
 
 
 @settings(max_examples=40, deadline=None)
@@ -43,8 +43,8 @@ def test_it_is_the_first_of_the_order(seed, density, selection, dtype, coarse):
 def test_by_hand():
     numbers = torch.tensor([[3.0, -0.0, 1.0], [-1.0, 0.5, 1.0]])
     mask = make_mask([Candidate("m", numbers)], Rule(0.5))
-    assert mask.places[0].index.tolist() == [1, 2, 4]  # of the three ones, the first
-    assert make_mask([Candidate("m", numbers)], Rule(0.5, "largest")).places[0].index.tolist() == [0, 2, 3]
+    assert mask.indices[0].index.tolist() == [1, 2, 4]  # of the three ones, the first
+    assert make_mask([Candidate("m", numbers)], Rule(0.5, "largest")).indices[0].index.tolist() == [0, 2, 3]
     strided = numbers.t().contiguous().t()
     assert make_mask([Candidate("m", strided)], Rule(0.5)).fingerprint == mask.fingerprint
 
@@ -52,17 +52,17 @@ def test_by_hand():
 def test_one_threshold_for_each_module_or_for_the_model():
     small, large = torch.arange(1.0, 11.0), torch.arange(11.0, 21.0)
     candidates = [Candidate("a", small), Candidate("b", large)]
-    assert [len(each) for each in make_mask(candidates, Rule(0.4)).places] == [4, 4]
-    assert [len(each) for each in make_mask(candidates, Rule(0.4, scope="model")).places] == [8, 0]
+    assert [len(each) for each in make_mask(candidates, Rule(0.4)).indices] == [4, 4]
+    assert [len(each) for each in make_mask(candidates, Rule(0.4, scope="model")).indices] == [8, 0]
     together = [Candidate("a", small), Candidate("a", large)]
-    assert [len(each) for each in make_mask(together, Rule(0.4)).places] == [8, 0]
+    assert [len(each) for each in make_mask(together, Rule(0.4)).indices] == [8, 0]
 
 
 def test_a_padding_row_takes_no_part():
     numbers = torch.ones(4, 5)
     numbers[1] = 0.0
     for selection in ("smallest", "largest", "random"):
-        index = make_mask([Candidate("m", numbers, excluded=1)], Rule(0.4, selection)).places[0].index
+        index = make_mask([Candidate("m", numbers, excluded=1)], Rule(0.4, selection)).indices[0].index
         assert len(index) == 6
         assert not ((index >= 5) & (index < 10)).any()
 
@@ -116,11 +116,11 @@ def test_a_base_in_another_dtype_shows_the_same_mask(selection, scope, made_in):
         if {made_in, dtype} <= half and made_in != dtype and selection != "random":
             continue  # neither is a rounding of the other
         again = recover_mask(base(dtype), rule, **facts)
-        assert all(torch.equal(a.index, b.index) for a, b in zip(again.places, mask.places, strict=True))
+        assert all(torch.equal(a.index, b.index) for a, b in zip(again.indices, mask.indices, strict=True))
     naive = make_mask(base(torch.bfloat16), rule)
     if made_in == torch.float32 and selection != "random":
         assert naive.fingerprint != mask.fingerprint  # so what is told is needed
-        assert sum(map(len, mask.ties.values())) < 0.05 * 4 * sum(map(len, mask.places))  # and is little
+        assert sum(map(len, mask.ties.values())) < 0.05 * 4 * sum(map(len, mask.indices))  # and is little
 
 
 def test_a_half_precision_base_in_the_other_half_precision():
@@ -131,7 +131,7 @@ def test_a_half_precision_base_in_the_other_half_precision():
     again = recover_mask(
         [Candidate("m", stored.half())], Rule(0.03), dtype=mask.dtype, ties=mask.ties, fingerprint=mask.fingerprint
     )
-    assert torch.equal(again.places[0].index, mask.places[0].index)
+    assert torch.equal(again.indices[0].index, mask.indices[0].index)
 
 
 @pytest.mark.parametrize("ties", [{}, {"bfloat16": "not base64!"}, {"bfloat16": ""}])

@@ -112,7 +112,7 @@ def test_several_masks_add_up(masked, tiny_batch):
         expected = own[f"{name}.weight"].clone().view(-1)
         for adapter in ("default", "other"):
             for change in layer.changes(adapter):
-                expected[change.places.index] += change.delta.detach()
+                expected[change.indices.index] += change.delta.detach()
         torch.testing.assert_close(together[f"{name}.weight"].view(-1), expected)
     with model.disable_adapter():
         assert same(base_tensors(model), own)
@@ -136,7 +136,7 @@ def test_a_change_elsewhere_in_the_parameter_stays(masked, tiny_batch):
     model = masked()
     logits(model, tiny_batch)
     layer = next(iter(layers_of(model).values()))
-    free = next(i for i in range(256) if i not in layer.changes("default")[0].places.index)
+    free = next(i for i in range(256) if i not in layer.changes("default")[0].indices.index)
     with torch.no_grad():
         layer.get_base_layer().weight.view(-1)[free] = 7.0
     with model.disable_adapter():
@@ -184,7 +184,7 @@ class AnyOrder(RuleBasedStateMachine):
             served = layer.merged_adapters or layer.active_adapters
             if len(served) == 1:
                 for change in layer.changes(served[0]):
-                    own, index = self.own[f"{i}.{change.name}"].clone().view(-1), change.places.index
+                    own, index = self.own[f"{i}.{change.name}"].clone().view(-1), change.indices.index
                     own[index] = (own[index].float() + change.delta).bfloat16()
                     assert torch.equal(getattr(layer, change.name).detach().view(-1), own)
 

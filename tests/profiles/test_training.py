@@ -63,16 +63,31 @@ def test_profiles_learn_what_is_theirs(head, tmp_path):
     assert json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8")) == bank.metrics
 
 
+def losses(bank: ProfileBank, data) -> dict[str, float]:
+    """Mean loss of each profile on its own examples."""
+    served = bank.attach(taught.base())
+    batch = {key: torch.tensor(data[key]) for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        found = served(**batch, adapter_names=data["user"][:]).logits
+    each = torch.nn.functional.cross_entropy(found, torch.tensor(data["labels"]), reduction="none")
+    return {name: float(each[[user == name for user in data["user"]]].mean()) for name in bank}
+
+
 def test_a_kept_row_is_the_best_by_validation(tmp_path):
-    """With labels turned round half-way, the best row is an early one: training goes on and it stays."""
-    turned = taught.examples(1, offset=2)
-    bank = fit(tmp_path, validation=turned, head="frozen", patience=None)
-    longer = fit(tmp_path, validation=turned, head="frozen", patience=2)
-    for name in bank:
-        facts = longer.metrics[name]
-        assert facts["stopped_step"] == facts["best_step"] + 2 * 6
-        assert facts["validation_loss"] >= bank.metrics[name]["validation_loss"]
+    """With other labels for validation the best row is an early one: training goes on, and the early row is kept."""
+    validation = taught.examples(1, offset=2)
+    bank = fit(tmp_path, validation=validation, head="frozen", patience=None)
+    last = fit(tmp_path, validation=None, head="frozen")
+    kept = losses(bank, validation)
+    assert kept == pytest.approx({name: bank.metrics[name]["validation_loss"] for name in bank}, abs=1e-4)
+    assert all(loss > kept[name] + 0.1 for name, loss in losses(last, validation).items())
     assert all(facts["stopped_step"] is None for facts in bank.metrics.values())
+
+
+def test_patience_stops_a_profile_that_does_not_improve(tmp_path):
+    bank = fit(tmp_path, validation=taught.examples(1, offset=2), head="frozen", patience=2)
+    for facts in bank.metrics.values():
+        assert facts["stopped_step"] == facts["best_step"] + 2 * 6
 
 
 def test_others_do_not_notice_who_stops(tmp_path):

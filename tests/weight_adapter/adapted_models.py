@@ -42,8 +42,8 @@ def formula(layer: WeightAdapterLayer, parameter: str, own: Tensor, activation: 
     """``s f(X D + c) U``, written down once more."""
     factors = layer.factors("default")
     down, up = (factors[f"weight_adapter_{parameter}_{name}"] for name in ("down", "up"))
-    turned = parameter == "weight" and isinstance(layer.get_base_layer(), Conv1D)
-    rows = own[None] if own.dim() == 1 else own.t() if turned else own.flatten(1)
+    fan_in_fan_out = parameter == "weight" and isinstance(layer.get_base_layer(), Conv1D)
+    rows = own[None] if own.dim() == 1 else own.t() if fan_in_fan_out else own.flatten(1)
     inner = rows @ down + factors.get(f"weight_adapter_{parameter}_shift", 0.0)
     change = scale * ACTIVATIONS[activation](inner) @ up
-    return (change.t() if turned else change).reshape(own.shape)
+    return (change.t() if fan_in_fan_out else change).reshape(own.shape)

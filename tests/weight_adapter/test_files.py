@@ -93,7 +93,7 @@ def test_the_file_is_the_same_size_for_every_width(target, adapted, tmp_path):
         numbers = sum(
             getattr(layer, part.name).numel()
             for layer in layers_of(model).values()
-            for part in layer.weight_adapter_shares["default"].parts
+            for part in layer.weight_adapter_adapted["default"].adapted
         )
         assert {name: (tuple(each.shape), each.dtype) for name, each in tensors.items()} == {
             KEY: ((numbers,), torch.float32)

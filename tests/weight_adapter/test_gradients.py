@@ -21,19 +21,19 @@ class Kinds(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(6)
         self.linear = nn.Linear(6, 8)
-        self.turned = Conv1D(8, 8)
+        self.conv1d_of_gpt2 = Conv1D(8, 8)
         self.conv1d = nn.Conv1d(5, 5, 3, padding=1)
         self.conv2d = nn.Conv2d(5, 3, 3, padding=1)
         self.plain = nn.Linear(4, 4, bias=False)
         nn.init.normal_(self.norm.bias)
-        nn.init.normal_(self.turned.bias)
+        nn.init.normal_(self.conv1d_of_gpt2.bias)
 
     def forward(self, x):
-        x = self.turned(torch.tanh(self.linear(self.norm(x))))
+        x = self.conv1d_of_gpt2(torch.tanh(self.linear(self.norm(x))))
         return self.plain(self.conv2d(torch.tanh(self.conv1d(x)).unflatten(-1, (2, 4))))
 
 
-ALL = ["norm", "linear", "turned", "conv1d", "conv2d"]
+ALL = ["norm", "linear", "conv1d_of_gpt2", "conv1d", "conv2d"]
 X = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -57,7 +57,7 @@ def by_formula(model, activation, x=X):
     changed = {}
     for name, layer in layers_of(model).items():
         short = name.removeprefix("base_model.model.")
-        for part in layer.weight_adapter_shares["default"].parts:
+        for part in layer.weight_adapter_adapted["default"].adapted:
             numbers = own[f"{short}.{part.name}"].detach()
             changed[f"{short}.{part.name}"] = numbers + formula(layer, part.name, numbers, activation, 0.7)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -111,7 +111,7 @@ def test_the_change_is_computed_once_for_each_step(monkeypatch):
     monkeypatch.setattr(Product, "value", lambda self: computed.append(self) or value(self))
     model = build()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    parts = sum(len(layer.weight_adapter_shares["default"].parts) for layer in layers_of(model).values())
+    parts = sum(len(layer.weight_adapter_adapted["default"].adapted) for layer in layers_of(model).values())
     assert parts == 11
     for step in range(2):
         for row in X:

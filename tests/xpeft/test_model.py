@@ -96,7 +96,8 @@ def test_switch_disable_delete_and_unload_leave_the_base_bit_identical(tiny_bert
     after = plain.state_dict()
     assert weights.keys() == after.keys()
     assert all(torch.equal(weights[name], after[name]) for name in weights)
-    assert torch.equal(run(get_peft_model(plain, xpeft()), tiny_batch).isfinite().all(), torch.tensor(True))
+    torch.manual_seed(1)
+    assert torch.equal(run(get_peft_model(plain, xpeft()), tiny_batch), first)
 
 
 def test_several_active_adapters_add_up(tiny_bert, tiny_batch):

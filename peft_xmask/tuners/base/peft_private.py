@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora import variants
+from peft.tuners.mixed import COMPATIBLE_TUNER_TYPES
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -23,12 +24,15 @@ from peft.tuners.tuners_utils import (
     set_adapter,
 )
 from peft.utils import PeftType, register_peft_method
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 
 from ...errors import PeftXMaskWarning
 
 __all__ = [
+    "COMPATIBLE_TUNER_TYPES",
+    "DUMMY_TARGET_MODULES",
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",

@@ -10,7 +10,8 @@ disabled:  module(x), with its own numbers
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,17 +21,20 @@ from torch import Tensor, nn
 from ...errors import BaseMismatchError, MergeError, StaleGraphError
 from ..base.peft_private import BaseTunerLayer, check_adapters_to_merge
 from ..sites.layer import module_widths
+from .autograd import Change, TrainedChange, run_changed
+from .flat_indices import FlatIndices
+from .guard import LayerUse, PassGuard
 from .override import Override
-from .sparse_gradients import Change, Places, run_changed
-from .table import Line, Stamp
+from .table import DeltaTable
+from .version import ParameterState, Served, TensorVersion
 
 
 class InPlaceLayer(nn.Module, BaseTunerLayer):
     """Wraps one module. Subclasses say what each adapter adds to its parameters; several active adapters add up.
 
-    The parameters are brought in line at the next forward pass, not when an adapter is set or trained: that is when it
-    is known what is wanted. They get their own numbers back at once when adapters are disabled, unmerged or deleted,
-    before the module is cast or moved, and before its state is read or loaded. So a state dict is the base's own,
+    :meth:`sync` is the only method that writes into the parameters. A forward pass calls it, and not the setting or
+    training of an adapter, because only then is it known what is wanted. Before the module is disabled, unmerged, cast,
+    moved, saved or loaded, :meth:`sync` gives the parameters their own numbers back. So a state dict is the base's own,
     unless adapters are merged.
     """
 
@@ -44,12 +48,23 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         base = self.get_base_layer()
         self._overrides = {name: Override(base, name) for name, _ in base.named_parameters(recurse=False)}
-        self._line, self._released = Line(), False
+        self._state, self._use, self._released = ParameterState(), LayerUse(PassGuard()), False
         self._unions: dict[str, tuple[tuple[Tensor, ...], Tensor, list[Tensor]]] = {}
+        self._table: tuple[DeltaTable, ...] = ()
+
+    @property
+    def table(self) -> DeltaTable:
+        """The table of the model that the layer is part of."""
+        return self._table[0]
+
+    def join(self, table: DeltaTable) -> None:
+        """Become part of a model. The table is held in a tuple: it belongs to the root, not to this module."""
+        self._table = (table,)
+        self._use.guard = table.guard
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first of its parameters that are floating point: those of a quantised weight are not."""
+        """Of the first parameter that is floating point: a quantised weight is not."""
         dtypes = [override.parameter.dtype for override in self._overrides.values()]
         return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
 
@@ -58,15 +73,19 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter changes this module."""
 
     @abstractmethod
-    def stamp(self, adapter_name: str) -> Stamp:
-        """What tells whether the adapter's changes are still what they were: the same object as long as they are."""
+    def version(self, adapter_name: str) -> TensorVersion:
+        """The version of what the adapter's changes are made from: the same object as long as they stay the same."""
 
     @abstractmethod
     def changes(self, adapter_name: str) -> Sequence[Change]:
         """What the adapter adds, parameter by parameter; with gradients where they are wanted and there are any."""
 
-    def places(self, adapter_name: str) -> Mapping[str, Places]:
-        """Where the adapter's changes are, by parameter; without the parameters that it changes as a whole."""
+    def trained_changes(self, adapter_name: str) -> Sequence[TrainedChange]:
+        """What the adapter trains in this module."""
+        return [change for change in self.changes(adapter_name) if change.delta.requires_grad]
+
+    def indices(self, adapter_name: str) -> Mapping[str, FlatIndices]:
+        """Which elements the adapter changes, by parameter; without the parameters that it changes as a whole."""
         return {}
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -83,81 +102,123 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         if torch.compiler.is_compiling():
             return self._forward_in_graph(x, *args, **kwargs)
-        if self._line.stale or not self._line.holds():
-            self.bring_in_line()
-        if torch.is_grad_enabled() and not self.merged_adapters:
-            before_backward = partial(self._bring_back, self._line.served, self._edits())
-            return self._run([name for name, _ in self._line.served], before_backward, x, *args, **kwargs)
-        return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]  # sooner found than as an attribute
+        self._enter()
+        try:
+            if torch.is_grad_enabled() and not self.merged_adapters:
+                served = self._state.served
+                as_now = partial(self._as_in_forward, served, self._edits())
+                return self._run([name for name, _ in served], as_now, x, *args, **kwargs)
+            return self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]  # faster than as an attribute
+        finally:
+            self._use.leave()
+
+    def _enter(self, names: Sequence[str] | None = None) -> None:
+        """Sync and let this thread in. Until it leaves, no other thread writes into the parameters."""
+        use = self._use
+        with use.guard.condition:
+            if names is not None or not self._state.is_current():
+                self.sync(names)
+            use.enter()
 
     def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """For ``torch.compile``: a graph cannot look at versions, so it writes each time it runs. That is cheap."""
-        names = self._serving()
-        self._write(names)
-        self._line.stale = True
+        self.sync()
         if torch.is_grad_enabled() and not self.merged:
-            return self._run(names, _nothing, x, *args, **kwargs)
+            return self._run(self._wanted(), nullcontext, x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
 
-    def _run(self, names: list[str], before_backward: Callable[[], None], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _run(
+        self,
+        names: Sequence[str],
+        as_in_forward: Callable[[], AbstractContextManager[None]],
+        x: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
         """The module's output, with gradients for what is trained of these adapters, which are in its parameters."""
-        trained = [each for name in names for each in self.changes(name) if each.delta.requires_grad]
+        trained = [change for name in names for change in self.trained_changes(name)]
         if trained or x.requires_grad:
-            return run_changed(self.base_layer, trained, before_backward, x, *args, **kwargs)
+            return run_changed(self.base_layer, trained, as_in_forward, x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
 
-    def _serving(self) -> list[str]:
+    def _wanted(self) -> list[str]:
+        """The adapters that the next forward pass is to serve."""
         if self.merged:
             return self.merged_adapters
         return [] if self.disable_adapters else [name for name in self.active_adapters if self.has(name)]
 
-    def bring_in_line(self) -> None:
-        """Let the parameters be what the next forward pass needs, as it would itself."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        self._serve(self._serving())
+    def sync(self, names: Sequence[str] | None = None) -> None:
+        """Make the parameters hold the changes of these adapters and of no others. Waits for passes of other threads.
 
-    def _serve(self, names: list[str]) -> None:
-        wanted = tuple((name, self.stamp(name)) for name in names)
-        if self._line.stale or wanted != self._line.served:
-            self._write(names)
-            self.note_served(wanted)
+        Args:
+            names: None: the adapters that the next forward pass is to serve. Otherwise that pass calls ``sync`` again.
 
-    def serves(self, wanted: tuple[tuple[str, Stamp], ...]) -> bool:
-        """Whether the parameters are in line for these adapters."""
-        return not self._line.stale and self._line.served == wanted
+        Raises:
+            BaseMismatchError: somebody changed the parameters while an adapter was in them; nothing is written over it.
+            FileFormatError: in eval mode, an adapter has numbers that are not finite.
+        """
+        if torch.compiler.is_compiling():
+            self._write(self._wanted() if names is None else names)
+            self._state.stale = True
+            return
+        with self._use.guard.condition:
+            self._use.wait()
+            if names is None:
+                if self.disable_adapters and self.merged:
+                    self.unmerge()
+                if self._sync_all_layers():
+                    return
+            wanted = tuple((name, self.version(name)) for name in (self._wanted() if names is None else names))
+            if self._state.stale or wanted != self._state.served:
+                self._state.stale = True
+                self._write([name for name, _ in wanted])
+                self.note_served(wanted, stale=names is not None)
 
-    def note_served(self, served: tuple[tuple[str, Stamp], ...]) -> None:
-        """Take it that the parameters are in line for these adapters."""
-        self._line.served, self._line.stale = served, False
+    def _sync_all_layers(self) -> bool:
+        """Let a subclass sync all layers of the model at once. Returns whether it did."""
+        return False
+
+    def note_served(self, served: Served, *, stale: bool = False) -> None:
+        """Record what the parameters hold now, and whether the next forward pass may want something else."""
+        self._state.served, self._state.stale = served, stale
+
+    def serves(self, wanted: Served) -> bool:
+        """Whether the parameters hold these adapters at these versions, and the next forward pass can use them."""
+        return not self._state.stale and self._state.served == wanted
+
+    @property
+    def in_use_by_others(self) -> bool:
+        """Whether another thread is inside this layer's forward pass."""
+        return self._use.by_others
 
     def all_overrides(self) -> list[Override]:
         """Of all of the module's own parameters."""
         return list(self._overrides.values())
 
-    def _bring_back(self, served: tuple[tuple[str, Stamp], ...], edits: list[tuple[int, int]]) -> None:
-        """Let the parameters be what they were in a forward pass that served these adapters."""
-        names = [name for name, _ in served]
-        if (
-            self._released
-            or self._edits() != edits
-            or any(not self.has(name) or self.stamp(name) is not stamp for name, stamp in served)
-        ):
-            raise StaleGraphError(
-                "Expected a base and adapters as they were in the forward pass, found that they were changed, deleted "
-                "or unloaded since. Run backward before the optimizer's step and before such calls."
-            )
-        changes = self._line.stale or self._line.served != served
-        self._serve(names)
-        self._line.stale = changes
+    @contextmanager
+    def _as_in_forward(self, served: Served, edits: list[tuple[int, int]]) -> Iterator[None]:
+        """For a backward pass: the parameters hold what they held in the forward pass that served these adapters."""
+        with self._use.guard.condition:
+            if (
+                self._released
+                or self._edits() != edits
+                or any(not self.has(name) or self.version(name) is not version for name, version in served)
+            ):
+                raise StaleGraphError(
+                    "Expected a base and adapters as they were in the forward pass, but they have been changed, "
+                    "deleted or unloaded since. Run backward before the optimizer's step and before such calls."
+                )
+            self._enter([name for name, _ in served])
+        try:
+            yield
+        finally:
+            self._use.leave()
 
     def _edits(self) -> list[tuple[int, int]]:
         return [override.edits for override in self._overrides.values()]
 
     def _write(self, names: Sequence[str]) -> None:
-        if not names:
-            self.restore()
-            return
+        """The writing part of :meth:`sync`."""
         with torch.no_grad():
             by_parameter: dict[str, list[Change]] = {}
             for name in names:
@@ -171,34 +232,34 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
                 override.write(*self._sum(changes, override.parameter.device))
 
     def _sum(self, changes: Sequence[Change], device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """All changes of one parameter as one: where, and how much. Changes of the whole parameter come alone."""
-        places = [None if change.places is None else change.places.on(device) for change in changes]
+        """All changes of one parameter as one: where, and how much. A change of the whole parameter comes alone."""
+        indexes = [None if change.indices is None else change.indices.on(device) for change in changes]
         deltas = [change.delta.to(device) for change in changes]
-        if all(each is places[0] for each in places):
-            return places[0], sum(deltas[1:], deltas[0])
-        union, positions = self._union(changes[0].name, [each for each in places if each is not None])
+        if all(each is indexes[0] for each in indexes):
+            return indexes[0], sum(deltas[1:], deltas[0])
+        union, positions = self._union(changes[0].name, [each for each in indexes if each is not None])
         total = torch.zeros(union.numel(), device=device, dtype=deltas[0].dtype)
         for position, delta in zip(positions, deltas, strict=True):
             total.index_add_(0, position, delta.to(total.dtype))
         return union, total
 
     def _union(self, name: str, indexes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Of places in a parameter: all, and where each index's are among them; found once."""
+        """The union of indexes into a parameter, and the positions of each index in it; computed once."""
         if name not in self._unions or not _same(self._unions[name][0], indexes):
             union = torch.unique(torch.cat(list(indexes)))
             self._unions[name] = (tuple(indexes), union, [torch.searchsorted(union, index) for index in indexes])
         return self._unions[name][1:]
 
     def _find_unions(self) -> None:
-        """Find the unions of the next forward pass: a graph could not, since their sizes depend on numbers."""
-        serving = self._serving()
-        if len(serving) < 2:
+        """Compute the unions of the next forward pass: a graph cannot, since their sizes depend on data."""
+        wanted = self._wanted()
+        if len(wanted) < 2:
             return
-        places: dict[str, list[Tensor]] = {}
-        for adapter_name in serving:
-            for name, each in self.places(adapter_name).items():
-                places.setdefault(name, []).append(each.on(self._overrides[name].parameter.device))
-        for name, indexes in places.items():
+        found: dict[str, list[Tensor]] = {}
+        for adapter_name in wanted:
+            for name, each in self.indices(adapter_name).items():
+                found.setdefault(name, []).append(each.on(self._overrides[name].parameter.device))
+        for name, indexes in found.items():
             if any(index is not indexes[0] for index in indexes):
                 self._union(name, indexes)
 
@@ -212,23 +273,15 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         out: Tensor | None = None
         for name in dict.fromkeys(adapter_names):
             rows = [i for i, other in enumerate(adapter_names) if other == name]
-            self._serve([name] if name != "__base__" and self.has(name) else [])
-            y = self.base_layer(x[rows], *args, **kwargs)
+            self._enter([name] if name != "__base__" and self.has(name) else [])
+            try:
+                y = self.base_layer(x[rows], *args, **kwargs)
+            finally:
+                self._use.leave()
             if out is None:
                 out = y.new_empty((x.shape[0], *y.shape[1:]))
             out[rows] = y
-        self._line.stale = True
         return out
-
-    def restore(self) -> None:
-        """Give the module's parameters their own numbers back.
-
-        Raises:
-            BaseMismatchError: somebody changed them while an adapter was in them.
-        """
-        for override in self._overrides.values():
-            override.restore()
-        self._line.served, self._line.stale = (), True
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters. If none of them changes this module, it gets its own numbers back at once."""
@@ -236,31 +289,31 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         self._note_set_adapter()
 
     def _note_set_adapter(self) -> None:
-        self._line.stale = True  # torch does not count changes through .data
-        serving = self._serving()
-        if self._line.served and not serving:
-            self.restore()
-        if len(serving) > 1:
+        self._state.stale = True  # torch does not count changes through .data
+        wanted = self._wanted()
+        if self._state.served and not wanted:
+            self.sync(())
+        if len(wanted) > 1:
             self._find_unions()
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode; the parameters are brought in line anew."""
-        self._line.stale = True
+        """Set the mode. The next forward pass syncs."""
+        self._state.stale = True
         return super().train(mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters. Disabled, the module has its own numbers at once, unless they are merged."""
         super().enable_adapters(enabled)
-        self._line.stale = True
+        self._state.stale = True
         if not enabled and not self.merged:
-            self.restore()
+            self.sync(())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         if adapter_name in self.merged_adapters:
             self.unmerge()
-        if any(name == adapter_name for name, _ in self._line.served):
-            self.restore()
+        if any(name == adapter_name for name, _ in self._state.served):
+            self.sync(())
         self._unions.clear()
         super().delete_adapter(adapter_name)
         self._find_unions()
@@ -271,33 +324,35 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
         The numbers are the very ones that unmerged adapters put there.
 
         Args:
-            safe_merge: refuse, before anything is changed, a result that is not finite.
+            safe_merge: refuse a result that is not finite.
 
         Raises:
-            MergeError: with ``safe_merge``, a result that is not finite.
+            MergeError: with ``safe_merge``, a result that is not finite; the module is left as it was.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
-        if not self.merged:
-            self.restore()  # of what is served, but is not to be merged
         merged = list(self.merged_adapters)
         for name in names:
-            self._write([*merged, name])
-            written = [each.parameter for each in self._overrides.values() if each.written]
-            if safe_merge and not all(parameter.isfinite().all() for parameter in written):
-                self._write(self.merged_adapters)
-                self._line.served, self._line.stale = (), True
+            if safe_merge and not self._is_finite([*merged, name]):
+                self.sync(self.merged_adapters)
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken. This module was left "
                     "as it was; load or train the adapter again."
                 )
             merged.append(name)
+        self.sync(merged)
         self.merged_adapters = merged
-        self._line.served, self._line.stale = tuple((name, self.stamp(name)) for name in merged), False
+
+    def _is_finite(self, names: Sequence[str]) -> bool:
+        """Whether these adapters, put into the parameters, leave only finite numbers there."""
+        if not all(change.delta.isfinite().all() for name in names for change in self.changes(name)):
+            return False
+        self.sync(names)
+        return all(bool(each.parameter.isfinite().all()) for each in self._overrides.values() if each.written)
 
     def unmerge(self) -> None:
         """Give the parameters their own numbers back, bit for bit."""
         self.merged_adapters.clear()
-        self.restore()
+        self.sync(())
         self._find_unions()
 
     def release(self, *, restore: bool) -> None:
@@ -309,28 +364,29 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own numbers (and whatever the adapters hold); merged adapters stay merged."""
         if not self.merged:
-            self.restore()
+            self.sync(())
         return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """What is loaded is the base's own, whatever was there."""
-        for name, override in self._overrides.items():
-            if f"{prefix}base_layer.{name}" in state_dict:
-                try:
-                    override.restore()
-                except BaseMismatchError:
+        """What is loaded becomes the base's own, whatever was there."""
+        loaded = [each for name, each in self._overrides.items() if f"{prefix}base_layer.{name}" in state_dict]
+        if loaded:
+            try:
+                self.sync(())
+            except BaseMismatchError:
+                for override in loaded:
                     override.forget()
-                self._line.served, self._line.stale = (), True
+                self.sync(())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Cast or move the base's own numbers; merged adapters are merged again."""
-        self.restore()
+        self.sync(())
         applied = super()._apply(fn, recurse)
         if self.merged:
-            self._write(self.merged_adapters)
+            self.sync(self.merged_adapters)
         for adapter_name in self._all_available_adapter_names():
-            for name, each in self.places(adapter_name).items():
+            for name, each in self.indices(adapter_name).items():
                 each.on(self._overrides[name].parameter.device)
         self._find_unions()
         return applied
@@ -338,7 +394,3 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
 
 def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
     return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
-
-
-def _nothing() -> None:
-    """Before the backward pass of a graph: its tensors are its own."""

@@ -1,201 +1,135 @@
-"""Gradients of some numbers of a frozen parameter, without a gradient of the parameter.
+"""The gradient of a frozen parameter, read in the few forms that adapters need without ever being stored.
 
-The module runs its own forward pass on the parameter as it is; a backward pass hands out the gradient in the places
-asked for and keeps nothing else.
+An adapter in place trains something that was added to a parameter: some of its elements, all of them, or a product of
+small matrices. Its gradient follows from the parameter's. For a linear module that gradient is itself a product of two
+activations, ``G = written^T read``, so its elements, and its products with small matrices, cost far less than ``G``.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
+
+from .flat_indices import FlatIndices
 
 SAMPLED_DENSITY = 0.05
-"""Up to this share of a matrix, its gradient on a CPU is computed in the places alone; see docs/magnitude_mask.md."""
+"""Up to this fraction of a matrix, a CPU computes only the wanted entries of its gradient: docs/magnitude_mask.md."""
 
 
-class Places:
-    """Some positions of a parameter.
+class ParameterGradient(ABC):
+    """The gradient of one parameter.
 
-    Attributes:
-        index: long, ``[n]``, ascending positions in the flat parameter.
-        shape: of the parameter.
+    As a matrix, G, it has one row per output of the module: ``[1, d]`` for a vector, ``[out, in * ...]`` otherwise.
     """
 
-    def __init__(self, index: Tensor, shape: Sequence[int]) -> None:
-        self.shape = torch.Size(shape)
-        self.index = index
-        self._pattern: Tensor | None = None
+    @abstractmethod
+    def whole(self) -> Tensor:
+        """The gradient, of the parameter's shape."""
 
-    def __len__(self) -> int:
-        return self.index.numel()
+    @abstractmethod
+    def at(self, indices: FlatIndices) -> Tensor:
+        """Some of its elements, ``[n]``."""
 
-    def on(self, device: torch.device) -> Tensor:
-        """The positions, on a device; the same tensor each time, as long as the device is the same."""
-        if self.index.device != device:
-            self.index, self._pattern = self.index.to(device), None
-        return self.index
+    @abstractmethod
+    def times(self, matrix: Tensor) -> Tensor:
+        """``G m``, float32, ``[rows, r]``, for ``m [d, r]``."""
 
-    def pattern(self, dtype: torch.dtype) -> Tensor:
-        """A sparse CSR matrix of zeros with an entry in each place. For parameters with two dimensions."""
-        if self._pattern is None or self._pattern.dtype != dtype:
-            rows, columns = self.shape
-            index = self.index
-            starts = torch.searchsorted(index, torch.arange(rows + 1, device=index.device) * columns)
-            with warnings.catch_warnings():  # torch announces that its sparse tensors are new
-                warnings.simplefilter("ignore")
-                self._pattern = torch.sparse_csr_tensor(
-                    starts.int(),
-                    (index % columns).int(),
-                    torch.zeros(len(self), dtype=dtype, device=index.device),
-                    size=(rows, columns),
-                    check_invariants=False,
-                )
-        return self._pattern
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what a copy computes anew."""
-        return {**self.__dict__, "_pattern": None}
+    @abstractmethod
+    def transpose_times(self, matrix: Tensor) -> Tensor:
+        """``G^T m``, float32, ``[d, r]``, for ``m [rows, r]``."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """What is trained in one parameter of a module.
-
-    Attributes:
-        name: of the parameter in its module.
-        places: None: the whole parameter.
-        delta: ``[n]`` or of the parameter's shape; the forward pass finds it added to the parameter already.
-    """
-
-    name: str
-    places: Places | None
-    delta: Tensor
-
-
-def run_changed(
-    module: nn.Module,
-    changes: Sequence[Change],
-    before_backward: Callable[[], None],
-    x: Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    """A module's own output, as a function of its input and of the changes that its parameters hold already.
-
-    A linear module keeps no matrix for the backward pass but asks for it again. Other modules keep what torch keeps,
-    which raises an error if the parameters are written to in between.
+class DenseGradient(ParameterGradient):
+    """A gradient that autograd has computed.
 
     Args:
-        changes: those that are to get gradients; several for one parameter get the same one, each in its places.
-        before_backward: sees to it that the module's parameters are what they are now; called in the backward pass.
-        x: the module's input.
+        grad: of the parameter's shape; may be sparse, as an embedding's.
+        fan_in_fan_out: whether the outputs of the module are the columns of the parameter (transformers' Conv1D).
     """
-    frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-    linear = isinstance(module, (nn.Linear, Conv1D)) and frozen and not (args or kwargs)
-    if linear and all(change.places is not None for change in changes) and not torch.compiler.is_compiling():
-        deltas = (change.delta for change in changes)
-        return _Linear.apply(module, changes, before_backward, x, *deltas)  # type: ignore[no-untyped-call]
-    names = dict.fromkeys(change.name for change in changes)
-    standing_in = {}
-    for name in names:
-        own = [change for change in changes if change.name == name]
-        standing_in[name] = _StandIn.apply(  # type: ignore[no-untyped-call]
-            getattr(module, name), [change.places for change in own], *(change.delta for change in own)
-        )
-    return functional_call(module, standing_in, (x, *args), kwargs)
+
+    def __init__(self, grad: Tensor, *, fan_in_fan_out: bool = False) -> None:
+        self.grad = grad.to_dense() if grad.is_sparse else grad
+        self.fan_in_fan_out = fan_in_fan_out
+
+    def whole(self) -> Tensor:
+        """The gradient, of the parameter's shape."""
+        return self.grad
+
+    def at(self, indices: FlatIndices) -> Tensor:
+        """Some of its elements, ``[n]``."""
+        return self.grad.reshape(-1).index_select(0, indices.on(self.grad.device))
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """``G m``, float32, ``[rows, r]``, for ``m [d, r]``."""
+        return as_rows(self.grad, self.fan_in_fan_out).float() @ matrix.float()
+
+    def transpose_times(self, matrix: Tensor) -> Tensor:
+        """``G^T m``, float32, ``[d, r]``, for ``m [rows, r]``."""
+        return as_rows(self.grad, self.fan_in_fan_out).float().t() @ matrix.float()
 
 
-class _StandIn(torch.autograd.Function):
-    """The parameter itself, with the changes in it as inputs."""
+class LinearWeightGradient(ParameterGradient):
+    """The gradient of a linear module's weight, ``G = written^T read``.
 
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor, places: list[Places | None], *deltas: Tensor) -> Tensor:
-        ctx.places = places
-        ctx.forms = [(delta.shape, delta.dtype, delta.device) for delta in deltas]
-        return parameter.view_as(parameter)
+    Args:
+        written: ``[T, out]``, the gradient of the module's output.
+        read: ``[T, in]``, the module's input.
+        fan_in_fan_out: whether the weight is stored as ``[in, out]`` (transformers' Conv1D).
+    """
 
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        dense = grad.to_dense() if grad.is_sparse else grad
-        taken = [
-            dense.reshape(shape) if places is None else dense.reshape(-1).index_select(0, places.on(dense.device))
-            for places, (shape, _, _) in zip(ctx.places, ctx.forms, strict=True)
-        ]
-        own = grad if ctx.needs_input_grad[0] else None
-        given = [one.to(device, dtype) for one, (_, dtype, device) in zip(taken, ctx.forms, strict=True)]
-        return (own, None, *given)
+    def __init__(self, written: Tensor, read: Tensor, *, fan_in_fan_out: bool) -> None:
+        self.written, self.read, self.fan_in_fan_out = written, read, fan_in_fan_out
+        self._found: dict[int, Tensor] = {}
 
+    def whole(self) -> Tensor:
+        """The gradient, of the weight's shape."""
+        left, right = self._factors()
+        return left.t() @ right.to(left.dtype)
 
-class _Linear(torch.autograd.Function):
-    """A linear module's output; the gradient of its matrix exists in the places only."""
+    def at(self, indices: FlatIndices) -> Tensor:
+        """Some of its elements, ``[n]``; computed once for adapters that share their indices."""
+        if id(indices) not in self._found:
+            self._found[id(indices)] = product_at(*self._factors(), indices)
+        return self._found[id(indices)]
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        module: nn.Linear | Conv1D,
-        changes: Sequence[Change],
-        before_backward: Callable[[], None],
-        x: Tensor,
-        *deltas: Tensor,
-    ) -> Tensor:
-        ctx.module, ctx.before_backward = module, before_backward
-        ctx.places = [(change.name, change.places) for change in changes]
-        ctx.forms = [(delta.dtype, delta.device) for delta in deltas]
-        ctx.save_for_backward(x if deltas else None)
-        ctx.dtype = x.dtype
-        y: Tensor = module(x)
-        return y
+    def times(self, matrix: Tensor) -> Tensor:
+        """``G m = written^T (read m)``, float32, ``[out, r]``."""
+        read = self.read.to(self.written.dtype)
+        return (self.written.t() @ (read @ matrix.to(read.dtype))).float()
 
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        turned = isinstance(ctx.module, Conv1D)
-        for_x = None
-        if ctx.needs_input_grad[3]:
-            ctx.before_backward()
-            matrix = ctx.module.weight.to(grad.dtype)
-            for_x = grad.matmul(matrix.t() if turned else matrix).to(ctx.dtype)
-        if not ctx.places:
-            return (None, None, None, for_x)
-        (x,) = ctx.saved_tensors
-        written = grad.reshape(-1, grad.shape[-1])
-        read = x.reshape(-1, x.shape[-1]).to(grad.device)
-        left, right = (read, written) if turned else (written, read)
-        found: dict[tuple[str, int], Tensor] = {}
-        for name, places in ctx.places:
-            if (name, id(places)) not in found:
-                found[name, id(places)] = (
-                    written.sum(0).index_select(0, places.on(grad.device))
-                    if name == "bias"
-                    else product_in_places(left, right, places)
-                )
-        given = [
-            found[name, id(places)].to(device, dtype)
-            for (name, places), (dtype, device) in zip(ctx.places, ctx.forms, strict=True)
-        ]
-        return (None, None, None, for_x, *given)
+    def transpose_times(self, matrix: Tensor) -> Tensor:
+        """``G^T m = read^T (written m)``, float32, ``[in, r]``."""
+        read = self.read.to(self.written.dtype)
+        return (read.t() @ (self.written @ matrix.to(self.written.dtype))).float()
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        return (self.read, self.written) if self.fan_in_fan_out else (self.written, self.read)
 
 
-def product_in_places(left: Tensor, right: Tensor, places: Places) -> Tensor:
+def as_rows(parameter: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """A parameter as a matrix with one row per output of its module.
+
+    Shapes: ``[d] -> [1, d]``, ``[out, in, ...] -> [out, in * ...]``; with ``fan_in_fan_out``,
+    ``[in, out] -> [out, in]``.
+    """
+    if parameter.dim() == 1:
+        return parameter.unsqueeze(0)
+    return parameter.t() if fan_in_fan_out else parameter.flatten(1)
+
+
+def product_at(left: Tensor, right: Tensor, indices: FlatIndices) -> Tensor:
     """Some entries of ``left^T right``.
 
-    On a CPU, and where the entries are few, they are computed alone; elsewhere the product is computed and freed.
+    On a CPU, if they are few, only these entries are computed; otherwise the product is computed and freed.
 
-    Shapes: ``[T, rows], [T, columns] -> [n]``, the entries in the order of ``places``.
+    Shapes: ``[T, rows], [T, columns] -> [n]``, the entries in the order of ``indices``.
     """
-    index = places.on(left.device)
-    if left.device.type == "cpu" and len(places) <= SAMPLED_DENSITY * places.shape.numel():
+    index = indices.on(left.device)
+    if left.device.type == "cpu" and len(indices) <= SAMPLED_DENSITY * indices.shape.numel():
         wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-        pattern = places.pattern(wide)
+        pattern = indices.pattern(wide)
         rows, columns = left.t().to(wide).contiguous(), right.t().to(wide).contiguous()
         product: Tensor = torch.sparse.sampled_addmm(pattern, rows, columns.t(), beta=0.0)
         return product.values()

@@ -35,7 +35,7 @@ class InPlaceTuner(TargetTuner):
         """What is looked at from here on is the base's own."""
         for module in model.modules():
             if isinstance(module, InPlaceLayer) and not module.merged:
-                module.restore()
+                module.sync(())
         super()._prepare_model(peft_config, model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -123,9 +123,9 @@ class InPlaceTuner(TargetTuner):
         """What is trained is float32 from the start; without PEFT's autocast it has the base's dtype instead."""
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        elif adapter_name in self.table.vectors:
+        elif adapter_name in self.table.holders:
             layers = (module for module in self.model.modules() if isinstance(module, InPlaceLayer))
-            self.table.cast(adapter_name, next(layers).dtype)
+            self.table.holders[adapter_name].to(next(layers).dtype)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         layers = [module for module in self.model.modules() if isinstance(module, InPlaceLayer)]
@@ -149,7 +149,8 @@ class InPlaceTuner(TargetTuner):
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         table = find_table(model)
         ending = f"{TABLE}.{table.state_name}.{adapter_name}.weight"
-        return {key: table.stored(adapter_name, entry) for key, entry in entries.items() if key.endswith(ending)}
+        vector = table[adapter_name]
+        return {key: vector.stored(entry) for key, entry in entries.items() if key.endswith(ending)}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -163,7 +164,7 @@ class InPlaceTuner(TargetTuner):
             raise FileFormatError(
                 f"Expected '{ending}' in the adapter file, found {sorted(state_dict) or 'nothing'}. It is damaged."
             )
-        state_dict = {**state_dict, key: table.check_stored(adapter_name, state_dict[key])}
+        state_dict = {**state_dict, key: table[adapter_name].check_stored(state_dict[key])}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

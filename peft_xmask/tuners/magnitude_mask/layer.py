@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..base.peft_private import BaseTunerLayer
+from ..in_place.autograd import Change
+from ..in_place.flat_indices import FlatIndices
 from ..in_place.layer import InPlaceLayer
-from ..in_place.override import Override
-from ..in_place.sparse_gradients import Change, Places
-from ..in_place.table import DeltaTable, Stamp
-from .together import Together
+from ..in_place.table import DeltaTable
+from ..in_place.version import TensorVersion
+from .joint_switch import JointSwitch, WrittenPart
 
 
 class MagnitudeMaskModule(BaseTunerLayer):
@@ -29,82 +30,84 @@ class ValueTable(DeltaTable, MagnitudeMaskModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.together = Together()
+        self.joint_switch = JointSwitch()
 
     def add(self, adapter_name: str, vector: Tensor, sizes: Sequence[int], rounding: torch.dtype | None = None) -> None:
-        """Enter an adapter; see :meth:`DeltaTable.add`."""
+        """Add an adapter; see :meth:`DeltaTable.add`."""
         super().add(adapter_name, vector, sizes, rounding)
-        self.together.forget_plans()
+        self.joint_switch.forget_plans()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
-        self.together.forget_plans()
+        self.joint_switch.forget_plans()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the layers: those of a copy enter themselves."""
-        return {**super().__getstate__(), "together": Together()}
+        return {**self.__dict__, "joint_switch": JointSwitch()}
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one adapter has in one parameter.
+class MaskedParameter:
+    """What one adapter trains in one parameter.
 
     Attributes:
         name: of the parameter in its module.
-        places: that are trained.
-        index: of the adapter's part in the table.
+        indices: of the elements that are trained.
+        part: which part of the adapter's vector they take.
     """
 
     name: str
-    places: Places
-    index: int
+    indices: FlatIndices
+    part: int
 
 
-class Share(nn.Module):
-    """What one adapter has in one module: its parts, none of which is empty. No tensors of its own."""
+class ModuleMask(nn.Module):
+    """The mask of one adapter in one module: the parameters with trained elements. It has no tensors of its own."""
 
-    def __init__(self, parts: tuple[Part, ...]) -> None:
+    def __init__(self, parameters: tuple[MaskedParameter, ...]) -> None:
         super().__init__()
-        self.parts = parts
+        self.masked = parameters
 
     def extra_repr(self) -> str:
-        """Trained numbers by parameter."""
-        return ", ".join(f"{part.name}: {len(part.places)}" for part in self.parts)
+        """Number of trained elements, by parameter."""
+        return ", ".join(f"{each.name}: {len(each.indices)}" for each in self.masked)
 
 
 class MagnitudeMaskLayer(InPlaceLayer, MagnitudeMaskModule):
     """One module and the masks of its adapters. The values are in the :class:`ValueTable` at the model's root."""
 
-    magnitude_mask_shares: MutableMapping[str, Share]
-    adapter_layer_names = ("magnitude_mask_shares",)
+    magnitude_mask_masks: MutableMapping[str, ModuleMask]
+    adapter_layer_names = ("magnitude_mask_masks",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.add_module("magnitude_mask_shares", nn.ModuleDict())
-        self._table: tuple[ValueTable, ...] = ()
+        self.add_module("magnitude_mask_masks", nn.ModuleDict())
 
-    def add(self, adapter_name: str, share: Share, table: ValueTable) -> None:
-        """Enter an adapter. ``table`` is held in a tuple: it belongs to the root, not to this module."""
-        self._table = (table,)
-        self.magnitude_mask_shares[adapter_name] = share
+    def add(self, adapter_name: str, mask: ModuleMask, table: ValueTable) -> None:
+        """Add an adapter."""
+        self.join(table)
+        self.magnitude_mask_masks[adapter_name] = mask
         self.set_adapter(self.active_adapters)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters. Shares have nothing to train or to freeze, so none of them is visited."""
+        """Set the active adapters. Masks have nothing to train or to freeze, so none of them is visited."""
         self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._note_set_adapter()
 
-    def bring_in_line(self) -> None:
-        """Let the parameters be what the next forward pass needs; of all layers at once where that can be."""
-        names = self._serving()
-        if self.merged or len(names) != 1:
-            super().bring_in_line()
-            return
-        table, name = self._table[0], names[0]
-        if not self.serves(((name, table.stamp(name)),)) and not table.together.write(table, name):
-            super().bring_in_line()
-            table.together.enter(self)
+    def _sync_all_layers(self) -> bool:
+        """Switch all layers at once, if this layer wants a single adapter that it does not hold yet."""
+        wanted = self._wanted()
+        if self.merged or len(wanted) != 1:
+            return False
+        table, name = self.table, wanted[0]
+        assert isinstance(table, ValueTable)
+        if self.serves(((name, table.version(name)),)):
+            return False
+        if table.joint_switch.write(table, name):
+            return True
+        table.joint_switch.enter(self)
+        return False
 
     def wants_only(self, adapter_name: str) -> bool:
         """Whether the next forward pass is to serve this adapter, unmerged, and no other."""
@@ -112,28 +115,26 @@ class MagnitudeMaskLayer(InPlaceLayer, MagnitudeMaskModule):
             self._disable_adapters or self.merged_adapters
         )
 
-    def overrides(self, adapter_name: str) -> list[tuple[Override, Places, int]]:
+    def written_parts(self, adapter_name: str) -> list[WrittenPart]:
         """The parameters that an adapter changes: where, and with which part of its values."""
-        parts = self.magnitude_mask_shares[adapter_name].parts
-        return [(self._overrides[part.name], part.places, part.index) for part in parts]
+        masked = self.magnitude_mask_masks[adapter_name].masked
+        return [WrittenPart(self._overrides[each.name], each.indices, each.part) for each in masked]
 
     def has(self, adapter_name: str) -> bool:
-        """Whether the adapter trains a number of this module."""
-        share = self._modules["magnitude_mask_shares"]._modules.get(adapter_name)  # type: ignore[union-attr]
-        return share is not None and bool(share.parts)
+        """Whether the adapter trains an element of this module."""
+        mask = self._modules["magnitude_mask_masks"]._modules.get(adapter_name)  # type: ignore[union-attr]
+        return mask is not None and bool(mask.masked)
 
-    def stamp(self, adapter_name: str) -> Stamp:
+    def version(self, adapter_name: str) -> TensorVersion:
         """Of the adapter's values."""
-        return self._table[0].stamp(adapter_name)
+        return self.table.version(adapter_name)
 
     def changes(self, adapter_name: str) -> list[Change]:
         """The adapter's values in this module."""
-        table = self._table[0]
-        return [
-            Change(part.name, part.places, table.part(adapter_name, part.index))
-            for part in self.magnitude_mask_shares[adapter_name].parts
-        ]
+        vector = self.table[adapter_name]
+        masked = self.magnitude_mask_masks[adapter_name].masked
+        return [Change(each.name, each.indices, vector.part(each.part)) for each in masked]
 
-    def places(self, adapter_name: str) -> dict[str, Places]:
+    def indices(self, adapter_name: str) -> dict[str, FlatIndices]:
         """The adapter's mask in this module."""
-        return {part.name: part.places for part in self.magnitude_mask_shares[adapter_name].parts}
+        return {each.name: each.indices for each in self.magnitude_mask_masks[adapter_name].masked}

@@ -23,7 +23,7 @@ from torch import Tensor
 from ...core.files import dtype_from_name
 from ...core.fingerprint import digest_of
 from ...errors import MaskMismatchError, TargetError
-from ..in_place.sparse_gradients import Places
+from ..in_place.flat_indices import FlatIndices
 from .random import distinct
 
 _COARSER = {"float32": ("bfloat16", "float16"), "bfloat16": ("float16",), "float16": ("bfloat16",)}
@@ -75,14 +75,14 @@ class Mask:
     """The positions that are trained.
 
     Attributes:
-        places: for each candidate, in order.
+        indices: for each candidate, in order.
         dtype: name of the dtype in which magnitudes were compared.
         ties: by dtype name, which of the magnitudes that equal the threshold in that dtype were chosen: packed bits in
             base64.
         fingerprint: of shapes and positions, 16 hexadecimal digits.
     """
 
-    places: tuple[Places, ...]
+    indices: tuple[FlatIndices, ...]
     dtype: str
     ties: Mapping[str, str]
     fingerprint: str
@@ -133,10 +133,10 @@ def recover_mask(
     """
     here = coarsest_dtype(candidates)
     if here in (dtype, "float32") or rule.selection == "random":
-        places = [each.index for each in make_mask(candidates, rule, dtype, tell_ties=False).places]
+        chosen = [each.index for each in make_mask(candidates, rule, dtype, tell_ties=False).indices]
     else:
-        places = _places_with_ties(candidates, rule, here, ties.get(here, ""))
-    mask = _mask(candidates, places, dtype, ties)
+        chosen = _chosen_with_ties(candidates, rule, here, ties.get(here, ""))
+    mask = _mask(candidates, chosen, dtype, ties)
     if mask.fingerprint == fingerprint:
         return mask
     cast = "" if here == dtype else f" The mask was made on weights in {dtype}; this base is loaded in {here}."
@@ -160,8 +160,8 @@ def _mask(candidates: Sequence[Candidate], chosen: Sequence[Tensor], dtype: str,
     parts: list[bytes] = []
     for candidate, index in zip(candidates, chosen, strict=True):
         parts += [repr(tuple(candidate.shape)).encode(), index.cpu().numpy().astype("<i8").tobytes()]
-    places = tuple(Places(index, each.shape) for index, each in zip(chosen, candidates, strict=True))
-    return Mask(places, dtype, dict(ties), digest_of(parts))
+    indices = tuple(FlatIndices(index, each.shape) for index, each in zip(chosen, candidates, strict=True))
+    return Mask(indices, dtype, dict(ties), digest_of(parts))
 
 
 def _groups(candidates: Sequence[Candidate], rule: Rule) -> list[list[int]]:
@@ -251,7 +251,7 @@ def _chosen_ties(candidate: Candidate, rule: Rule, threshold: int, dtype: str, c
     return torch.isin(ties, index, assume_unique=True).cpu()
 
 
-def _places_with_ties(candidates: Sequence[Candidate], rule: Rule, dtype: str, packed: str) -> list[Tensor]:
+def _chosen_with_ties(candidates: Sequence[Candidate], rule: Rule, dtype: str, packed: str) -> list[Tensor]:
     told, at = _unpack(packed), 0
     chosen: dict[int, Tensor] = {}
     for members in _groups(candidates, rule):

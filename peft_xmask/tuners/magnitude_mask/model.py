@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ...core.files import dtype_from_name
 from ...errors import ConfigError, MaskMismatchError, MergeError, TargetError
 from ..base.peft_private import register
-from ..in_place.sparse_gradients import Places
+from ..in_place.flat_indices import FlatIndices
 from ..in_place.tuner import InPlaceTuner, linear_layers_of_blocks, parameter_names
 from .averaging import combine
 from .config import MagnitudeMaskConfig
-from .layer import MagnitudeMaskLayer, MagnitudeMaskModule, Part, Share, ValueTable
+from .layer import MagnitudeMaskLayer, MagnitudeMaskModule, MaskedParameter, ModuleMask, ValueTable
 from .mask import Candidate, Mask, make_mask, recover_mask
 from .quantised import QuantisedMaskLayer, dequantised_weight, is_quantised
 
@@ -45,7 +45,7 @@ class MagnitudeMaskModel(InPlaceTuner):
 
     def _prepare_targets(
         self, config: MagnitudeMaskConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
-    ) -> dict[str, tuple[Share, int]]:
+    ) -> dict[str, tuple[ModuleMask, int]]:
         names = [_trained_parameters(layer, config) for _, layer in found]
         self._check_targets(model, found, names)
         candidates = [
@@ -58,12 +58,12 @@ class MagnitudeMaskModel(InPlaceTuner):
             config, (getattr(layer, each) for (_, layer), own in zip(found, names, strict=True) for each in own)
         )
         config.mask_fingerprint, config.mask_dtype, config.mask_ties = mask.fingerprint, mask.dtype, dict(mask.ties)
-        places = self._shared_places(mask)
-        self._new = (_start(config, candidates, mask), [len(each) for each in places])
+        indices = self._shared_indices(mask)
+        self._new = (_start(config, candidates, mask), [len(each) for each in indices])
         parts, at = {}, 0
         for (name, _), own in zip(found, names, strict=True):
-            mine = zip(own, places[at : at + len(own)], range(at, at + len(own)), strict=True)
-            parts[name] = (Share(tuple(Part(*each) for each in mine if len(each[1]))), at)
+            mine = zip(own, indices[at : at + len(own)], range(at, at + len(own)), strict=True)
+            parts[name] = (ModuleMask(tuple(MaskedParameter(*each) for each in mine if len(each[1]))), at)
             at += len(own)
         return parts
 
@@ -92,7 +92,7 @@ class MagnitudeMaskModel(InPlaceTuner):
                 f"Expected names of adapters and a new name, found {adapters} and {adapter_name!r}. There are: "
                 f"{', '.join(sorted(self.peft_config))}."
             )
-        vectors = [self.table.vectors[name].weight for name in adapters]
+        vectors = [self.table.holders[name].weight for name in adapters]
         values = combine(vectors, weights, combination_type)
         configs: dict[str, Any] = self.peft_config
         first, *others = (configs[name].mask_fingerprint for name in adapters)
@@ -113,7 +113,7 @@ class MagnitudeMaskModel(InPlaceTuner):
             del self.peft_config[adapter_name]
             raise
         with torch.no_grad():
-            self.table.vectors[adapter_name].weight.copy_(values)
+            self.table.holders[adapter_name].weight.copy_(values)
 
     def _new_layer(self, target: nn.Module) -> MagnitudeMaskLayer:
         return QuantisedMaskLayer(target) if is_quantised(target) else MagnitudeMaskLayer(target)
@@ -125,16 +125,16 @@ class MagnitudeMaskModel(InPlaceTuner):
             if isinstance(module, QuantisedMaskLayer):
                 raise MergeError(f"Cannot merge into '{name}': {module.why_not_mergeable()}")
 
-    def _shared_places(self, mask: Mask) -> tuple[Places, ...]:
-        """The places that an earlier adapter with the same mask has already, if any."""
-        self._places = getattr(self, "_places", {})
-        kept: tuple[Places, ...] = self._places.setdefault(mask.fingerprint, mask.places)
+    def _shared_indices(self, mask: Mask) -> tuple[FlatIndices, ...]:
+        """The indices that an earlier adapter with the same mask has already, if any: they are the same objects."""
+        self._indices = getattr(self, "_indices", {})
+        kept: tuple[FlatIndices, ...] = self._indices.setdefault(mask.fingerprint, mask.indices)
         return kept
 
     def _add_to_layer(
-        self, layer: MagnitudeMaskLayer, config: MagnitudeMaskConfig, adapter_name: str, part: tuple[Share, int]
+        self, layer: MagnitudeMaskLayer, config: MagnitudeMaskConfig, adapter_name: str, part: tuple[ModuleMask, int]
     ) -> None:
-        share, at = part
+        mask, at = part
         if at == 0:
             self._make_table()
             rounding = (
@@ -143,7 +143,7 @@ class MagnitudeMaskModel(InPlaceTuner):
             self.table.add(adapter_name, *self._new, rounding)
         table = self.table
         assert isinstance(table, ValueTable)  # it is of this tuner's table_cls
-        layer.add(adapter_name, share, table)
+        layer.add(adapter_name, mask, table)
 
 
 def _mask_of(config: MagnitudeMaskConfig, candidates: list[Candidate], quantised: bool) -> Mask:
@@ -180,10 +180,10 @@ def _start(config: MagnitudeMaskConfig, candidates: list[Candidate], mask: Mask)
     """Where values start: zero, or normal with the root mean square of their parameter."""
     device = candidates[0].device
     if config.init_weights or config.inference_mode:
-        return torch.zeros(sum(len(each) for each in mask.places), device=device)
+        return torch.zeros(sum(len(each) for each in mask.indices), device=device)
     drawn = [
-        torch.randn(len(places)) * float(candidate.read().float().square().mean().sqrt())
-        for candidate, places in zip(candidates, mask.places, strict=True)
+        torch.randn(len(indices)) * float(candidate.read().float().square().mean().sqrt())
+        for candidate, indices in zip(candidates, mask.indices, strict=True)
     ]
     return torch.cat(drawn).to(device)
 

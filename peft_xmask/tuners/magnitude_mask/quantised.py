@@ -7,6 +7,7 @@ y = module(x) + x delta^T,    delta [out, in] with n numbers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from ...errors import MergeError, TargetError
 from ..base.peft_private import quantisation_backend
-from ..in_place.sparse_gradients import Change, Places, product_in_places
+from ..in_place.autograd import Change
+from ..in_place.flat_indices import FlatIndices
+from ..in_place.sparse_gradients import product_at
 from .layer import MagnitudeMaskLayer
 
 
@@ -62,7 +65,7 @@ class QuantisedMaskLayer(MagnitudeMaskLayer):
         """
         y = self.base_layer(x, *args, **kwargs)
         if adapter_names is None or self.disable_adapters:
-            return self._beside(self._serving(), x, y)
+            return self._beside(self._wanted(), x, y)
         if len(adapter_names) != x.shape[0]:
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
@@ -78,21 +81,21 @@ class QuantisedMaskLayer(MagnitudeMaskLayer):
     def _beside(self, names: list[str], x: Tensor, y: Tensor) -> Tensor:
         for name in names:
             if not torch.compiler.is_compiling():
-                self.stamp(name)  # looks for numbers that are not finite
+                self.version(name)  # checks that the values are finite
             for change in self.changes(name):
                 y = y + self._added(change, x, y.shape[-1]).to(y.dtype)
         return y
 
     def _added(self, change: Change, x: Tensor, width: int) -> Tensor:
-        assert change.places is not None
+        assert change.indices is not None
         delta = change.delta.to(x.device)
         if change.name == "bias":
-            return delta.new_zeros(width).index_add(0, change.places.on(x.device), delta)
-        added: Tensor = _SparsePath.apply(x, delta, change.places)  # type: ignore[no-untyped-call]
+            return delta.new_zeros(width).index_add(0, change.indices.on(x.device), delta)
+        added: Tensor = _SparsePath.apply(x, delta, change.indices)  # type: ignore[no-untyped-call]
         return added
 
-    def bring_in_line(self) -> None:
-        """Nothing to do: the weight is never written into."""
+    def sync(self, names: Sequence[str] | None = None) -> None:
+        """Do nothing: the weight is never written into."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused.
@@ -112,13 +115,13 @@ class _SparsePath(torch.autograd.Function):
     """``x delta^T``, float32. What is kept for the backward pass is the input and the n numbers."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, places: Places) -> Tensor:
-        ctx.places = places
+    def forward(ctx: Any, x: Tensor, delta: Tensor, indices: FlatIndices) -> Tensor:
+        ctx.indices = indices
         ctx.save_for_backward(x, delta)
         with torch.autocast(x.device.type, enabled=False):
             read = x.reshape(-1, x.shape[-1]).float()
-            added: Tensor = (_matrix(places, delta) @ read.t()).t()
-        return added.reshape(*x.shape[:-1], places.shape[0])
+            added: Tensor = (_matrix(indices, delta) @ read.t()).t()
+        return added.reshape(*x.shape[:-1], indices.shape[0])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -128,16 +131,16 @@ class _SparsePath(torch.autograd.Function):
             written = grad.reshape(-1, grad.shape[-1]).float()
             for_x = for_delta = None
             if ctx.needs_input_grad[0]:
-                for_x = (written @ _matrix(ctx.places, delta)).reshape(x.shape).to(x.dtype)
+                for_x = (written @ _matrix(ctx.indices, delta)).reshape(x.shape).to(x.dtype)
             if ctx.needs_input_grad[1]:
                 read = x.reshape(-1, x.shape[-1]).float()
-                for_delta = product_in_places(written, read, ctx.places).to(delta.dtype)
+                for_delta = product_at(written, read, ctx.indices).to(delta.dtype)
         return for_x, for_delta, None
 
 
-def _matrix(places: Places, delta: Tensor) -> Tensor:
-    places.on(delta.device)
-    pattern = places.pattern(torch.float32)
+def _matrix(indices: FlatIndices, delta: Tensor) -> Tensor:
+    indices.on(delta.device)
+    pattern = indices.pattern(torch.float32)
     return torch.sparse_csr_tensor(
         pattern.crow_indices(), pattern.col_indices(), delta.float(), size=pattern.shape, check_invariants=False
     )

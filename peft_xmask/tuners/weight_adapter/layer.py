@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from ...errors import FileFormatError
 from ..base.peft_private import BaseTunerLayer
 from ..base.state import PackedTensor, TrainableTensor
+from ..in_place.autograd import Change, TrainedChange
 from ..in_place.layer import InPlaceLayer
-from ..in_place.sparse_gradients import Change
-from ..in_place.table import DeltaTable, Stamp
-from .product import Product, Start, drawn_dropout, run_linear, standing_in
+from ..in_place.table import DeltaTable, refuse_non_finite
+from ..in_place.version import TensorVersion, TensorVersions
+from .product import Product, Start, drawn_dropout
 
 PARAMETERS = ("bias", "weight")
 FACTORS = ("down", "up", "shift")
@@ -39,49 +38,37 @@ class ResultTable(DeltaTable, WeightAdapterModule):
 
 
 @dataclass(frozen=True)
-class Part:
+class AdaptedParameter:
     """What one adapter has in one parameter.
 
     Attributes:
         name: of the parameter in its module.
-        index: of the adapter's part in the table.
+        part: which part of the adapter's vector in the table is its change.
         start: of its factors.
     """
 
     name: str
-    index: int
+    part: int
     start: Start
 
 
-class Stamps(Stamp):
-    """Several in one."""
-
-    def __init__(self, first: Stamp, others: Sequence[Stamp]) -> None:
-        self.first = first
-        self._all = (first, *others)
-
-    def holds(self) -> bool:
-        """Whether all of them do."""
-        return all(stamp.holds() for stamp in self._all)
-
-
-class Share(nn.Module):
-    """What one adapter has in one module, but for its tensors.
+class ModuleAdapter(nn.Module):
+    """What one adapter has in one module, except for its tensors.
 
     Attributes:
-        parts: one for each parameter.
+        adapted: one entry for each adapted parameter.
         trained: whether there are factors.
         activation, scale: of the adapter.
     """
 
-    def __init__(self, parts: Sequence[Part], *, trained: bool, activation: str, scale: float) -> None:
+    def __init__(self, adapted: Sequence[AdaptedParameter], *, trained: bool, activation: str, scale: float) -> None:
         super().__init__()
-        self.parts = tuple(parts)
+        self.adapted = tuple(adapted)
         self.trained, self.activation, self.scale = trained, activation, scale
 
     def extra_repr(self) -> str:
         """Names of the parameters."""
-        return ", ".join(part.name for part in self.parts)
+        return ", ".join(each.name for each in self.adapted)
 
 
 class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
@@ -91,10 +78,10 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
     and, where there is one, ``..._shift [r]``.
     """
 
-    weight_adapter_shares: MutableMapping[str, Share]
+    weight_adapter_adapted: MutableMapping[str, ModuleAdapter]
     weight_adapter_dropout: MutableMapping[str, nn.Dropout]
     adapter_layer_names = (
-        "weight_adapter_shares",
+        "weight_adapter_adapted",
         *(f"weight_adapter_{parameter}_{factor}" for parameter in PARAMETERS for factor in FACTORS),
     )
     other_param_names = ("weight_adapter_dropout",)
@@ -103,16 +90,15 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
         super().__init__(base_layer)
         for name in (*self.adapter_layer_names, *self.other_param_names):
             self.add_module(name, nn.ModuleDict())
-        self._table: tuple[DeltaTable, ...] = ()
-        self._stamps: dict[str, Stamps] = {}
+        self._versions: dict[str, TensorVersions] = {}
         self._kept: dict[tuple[str, str], Tensor] = {}
         self._merging = False
 
-    def add(self, adapter_name: str, share: Share, table: DeltaTable, dropout: float) -> None:
-        """Enter an adapter. ``table`` is held in a tuple: it belongs to the root, not to this module."""
-        self._table = (table,)
-        self.weight_adapter_shares[adapter_name] = share
-        if share.trained:
+    def add(self, adapter_name: str, adapter: ModuleAdapter, table: DeltaTable, dropout: float) -> None:
+        """Add an adapter."""
+        self.join(table)
+        self.weight_adapter_adapted[adapter_name] = adapter
+        if adapter.trained:
             self.weight_adapter_dropout[adapter_name] = nn.Dropout(dropout)
             for key, tensor in self.fresh_factors(adapter_name).items():
                 getattr(self, key)[adapter_name] = TrainableTensor(tensor)
@@ -125,12 +111,12 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
             at_base: let the change start at zero, whatever the config says.
         """
         found = {}
-        for part in self.weight_adapter_shares[adapter_name].parts:
-            start = part.start if not at_base else Start(part.start.r, part.start.has_shift)
-            drawn = start.draw(self._overrides[part.name].own, self._turned(part))
+        for each in self.weight_adapter_adapted[adapter_name].adapted:
+            start = each.start if not at_base else Start(each.start.r, each.start.has_shift)
+            drawn = start.draw(self._overrides[each.name].own, self._fan_in_fan_out(each))
             for factor, tensor in zip(FACTORS, drawn, strict=True):
                 if tensor is not None:
-                    found[f"weight_adapter_{part.name}_{factor}"] = tensor
+                    found[f"weight_adapter_{each.name}_{factor}"] = tensor
         return found
 
     def factors(self, adapter_name: str) -> dict[str, Tensor]:
@@ -143,95 +129,99 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
 
     def has(self, adapter_name: str) -> bool:
         """Whether the adapter changes this module."""
-        return adapter_name in self.weight_adapter_shares
+        return adapter_name in self.weight_adapter_adapted
 
-    def stamp(self, adapter_name: str) -> Stamp:
+    def version(self, adapter_name: str) -> TensorVersion:
         """Of what the adapter trains here, and of what is stored of it.
 
         Raises:
-            FileFormatError: in eval mode, a number that is not finite.
+            FileFormatError: in eval mode, a number is not finite.
         """
-        stored = self._table[0].stamp(adapter_name)
-        stamp = self._stamps.get(adapter_name)
-        if stamp is None or stamp.first is not stored or not stamp.holds():
+        stored = self.table.version(adapter_name)
+        version = self._versions.get(adapter_name)
+        if version is None or version.first is not stored or not version.is_current():
             holders = self._holders(adapter_name)
             for each in holders.values() if not self.training else ():
-                _check_finite(adapter_name, each.weight)
-            stamp = self._stamps[adapter_name] = Stamps(stored, [Stamp(each) for each in holders.values()])
-        return stamp
+                refuse_non_finite(adapter_name, each.weight)
+            trained = [TensorVersion(each) for each in holders.values()]
+            version = self._versions[adapter_name] = TensorVersions(stored, trained)
+        return version
 
     def changes(self, adapter_name: str) -> list[Change]:
         """What the adapter adds to each parameter as a whole."""
         return [
-            Change(part.name, None, self._delta(adapter_name, part, self._dropout(adapter_name, part)))
-            for part in self.weight_adapter_shares[adapter_name].parts
+            Change(each.name, None, self._delta(adapter_name, each, self._dropout(adapter_name, each)))
+            for each in self.weight_adapter_adapted[adapter_name].adapted
         ]
 
+    def trained_changes(self, adapter_name: str) -> Sequence[TrainedChange]:
+        """What the adapter trains in this module.
+
+        The changes have been computed when they were written. They are not computed again for their gradients, except
+        by a graph, which cannot keep them.
+        """
+        if torch.compiler.is_compiling():
+            return super().trained_changes(adapter_name)
+        if not any(each.requires_grad for each in self.factors(adapter_name).values()):
+            return []
+        adapted = self.weight_adapter_adapted[adapter_name].adapted
+        return [self._product(adapter_name, each, self._dropout(adapter_name, each)) for each in adapted]
+
     def result(self, adapter_name: str) -> list[tuple[int, Tensor]]:
-        """What is saved of an adapter, without dropout: index in the table and change, float32.
+        """What is saved of an adapter, without dropout: its parts of the vector, with their numbers, and the changes.
 
         Raises:
             FileFormatError: a number is not finite.
         """
         found = []
         with torch.no_grad():
-            for part in self.weight_adapter_shares[adapter_name].parts:
-                found.append((part.index, self._delta(adapter_name, part, None)))
-                _check_finite(adapter_name, found[-1][1])
+            for each in self.weight_adapter_adapted[adapter_name].adapted:
+                found.append((each.part, self._delta(adapter_name, each, None)))
+                refuse_non_finite(adapter_name, found[-1][1])
         return found
 
-    def _delta(self, adapter_name: str, part: Part, kept: Tensor | None) -> Tensor:
-        shape = self._overrides[part.name].own.shape
-        table = self._table[0]
-        stored = table.part(adapter_name, part.index)
-        if not self.weight_adapter_shares[adapter_name].trained:
+    def _delta(self, adapter_name: str, parameter: AdaptedParameter, kept: Tensor | None) -> Tensor:
+        shape = self._overrides[parameter.name].own.shape
+        vector = self.table[adapter_name]
+        stored = vector.part(parameter.part)
+        if not self.weight_adapter_adapted[adapter_name].trained:
             return stored.float().view(shape)
-        change = self._product(adapter_name, part, kept).value()
-        return table.rounded(adapter_name, stored.to(change.device, torch.float32).view(shape) + change)
+        change = self._product(adapter_name, parameter, kept).value()
+        return vector.rounded(stored.to(change.device, torch.float32).view(shape) + change)
 
-    def _product(self, adapter_name: str, part: Part, kept: Tensor | None) -> Product:
-        share = self.weight_adapter_shares[adapter_name]
+    def _product(self, adapter_name: str, parameter: AdaptedParameter, kept: Tensor | None) -> Product:
+        adapter = self.weight_adapter_adapted[adapter_name]
         found = self.factors(adapter_name)
-        down, up = (found[f"weight_adapter_{part.name}_{factor}"] for factor in FACTORS[:2])
-        shift = found.get(f"weight_adapter_{part.name}_shift")
-        own = self._overrides[part.name].own.detach()
-        return Product(own, down, up, shift, share.activation, share.scale, self._turned(part), kept)
+        down, up = (found[f"weight_adapter_{parameter.name}_{factor}"] for factor in FACTORS[:2])
+        shift = found.get(f"weight_adapter_{parameter.name}_shift")
+        own = self._overrides[parameter.name].own.detach()
+        return Product(
+            parameter.name,
+            own,
+            down,
+            up,
+            shift,
+            adapter.activation,
+            adapter.scale,
+            self._fan_in_fan_out(parameter),
+            kept,
+        )
 
-    def _dropout(self, adapter_name: str, part: Part) -> Tensor | None:
+    def _dropout(self, adapter_name: str, parameter: AdaptedParameter) -> Tensor | None:
         """Factors of dropout: drawn when the change is written, and the same until it is written again."""
         if adapter_name not in self.weight_adapter_dropout:
             return None
         module = self.weight_adapter_dropout[adapter_name]
         if not module.training or module.p == 0.0 or self.merged or self._merging:
             return None
-        key = (adapter_name, part.name)
+        key = (adapter_name, parameter.name)
         if not torch.is_grad_enabled() or key not in self._kept:
-            self._kept[key] = drawn_dropout(self._overrides[part.name].own, part.start.r, self._turned(part), module.p)
+            own, width = self._overrides[parameter.name].own, parameter.start.r
+            self._kept[key] = drawn_dropout(own, width, self._fan_in_fan_out(parameter), module.p)
         return self._kept[key]
 
-    def _turned(self, part: Part) -> bool:
-        return part.name == "weight" and isinstance(self.get_base_layer(), Conv1D)
-
-    def _run(self, names: list[str], before_backward: Callable[[], None], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As its base's, but the changes are not computed again for the sake of their factors' gradients."""
-        if torch.compiler.is_compiling():
-            return super()._run(names, before_backward, x, *args, **kwargs)
-        products = [
-            (part.name, self._product(name, part, self._dropout(name, part)))
-            for name in names
-            if any(each.requires_grad for each in self.factors(name).values())
-            for part in self.weight_adapter_shares[name].parts
-        ]
-        module: Any = self.base_layer
-        if not (products or x.requires_grad):
-            return module(x, *args, **kwargs)
-        if _is_plain_linear(module) and not (args or kwargs):
-            return run_linear(module, products, before_backward, x)
-        stand_ins = {
-            name: standing_in(getattr(module, name), [product for other, product in products if other == name])
-            for name in dict.fromkeys(name for name, _ in products)
-        }
-        return functional_call(module, stand_ins, (x, *args), kwargs)
+    def _fan_in_fan_out(self, parameter: AdaptedParameter) -> bool:
+        return parameter.name == "weight" and isinstance(self.get_base_layer(), Conv1D)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As its base's, without dropout."""
@@ -244,24 +234,9 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter."""
         super().delete_adapter(adapter_name)
-        self._stamps.pop(adapter_name, None)
+        self._versions.pop(adapter_name, None)
         self._kept = {key: each for key, each in self._kept.items() if key[0] != adapter_name}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what a copy computes anew."""
-        return {**self.__dict__, "_stamps": {}, "_kept": {}}
-
-
-def _is_plain_linear(module: Any) -> bool:
-    """Whether a module computes ``x W^T + b`` of frozen plain numbers."""
-    if type(module) not in (nn.Linear, Conv1D) or any(each.requires_grad for each in module.parameters()):
-        return False
-    return type(module.weight) in (Tensor, nn.Parameter) and module.weight.is_floating_point()
-
-
-def _check_finite(adapter_name: str, tensor: Tensor) -> None:
-    if not tensor.is_meta and not tensor.isfinite().all():
-        raise FileFormatError(
-            f"Expected finite numbers in adapter '{adapter_name}', found NaN or infinity. Its training diverged: lower "
-            "the learning rate, or go back to an earlier checkpoint."
-        )
+        return {**self.__dict__, "_versions": {}, "_kept": {}}

@@ -15,7 +15,7 @@ from ..base.peft_private import register
 from ..base.targets import FFN_LINEAR
 from ..in_place.tuner import InPlaceTuner, find_table, parameter_names
 from .config import WeightAdapterConfig
-from .layer import Part, ResultTable, Share, WeightAdapterLayer, WeightAdapterModule
+from .layer import AdaptedParameter, ModuleAdapter, ResultTable, WeightAdapterLayer, WeightAdapterModule
 from .product import Start
 
 
@@ -42,7 +42,7 @@ class WeightAdapterModel(InPlaceTuner):
 
     def _prepare_targets(
         self, config: WeightAdapterConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
-    ) -> dict[str, tuple[Share, int]]:
+    ) -> dict[str, tuple[ModuleAdapter, int]]:
         _refuse_missing_biases(config, found)
         _refuse_other_weights(config, found)
         names = [_adapted_parameters(layer, config) for _, layer in found]
@@ -52,29 +52,29 @@ class WeightAdapterModel(InPlaceTuner):
         self._new = [getattr(layer, name).numel() for (_, layer), own in zip(found, names, strict=True) for name in own]
         indexes = count()
         return {
-            name: (_share(config, [(each, getattr(layer, each), next(indexes)) for each in own]), position)
+            name: (_module_adapter(config, [(each, getattr(layer, each), next(indexes)) for each in own]), position)
             for position, ((name, layer), own) in enumerate(zip(found, names, strict=True))
         }
 
     def _add_to_layer(
-        self, layer: WeightAdapterLayer, config: WeightAdapterConfig, adapter_name: str, part: tuple[Share, int]
+        self, layer: WeightAdapterLayer, config: WeightAdapterConfig, adapter_name: str, part: tuple[ModuleAdapter, int]
     ) -> None:
-        share, position = part
+        adapter, position = part
         if position == 0:
             self._make_table()
             dtype = dtype_from_name(config.storage_dtype or "float32")
             device = next(iter(layer.get_base_layer().parameters())).device
             start = torch.zeros(1, dtype=dtype, device=device).expand(sum(self._new))  # takes no room until it is kept
             rounding = None if dtype == torch.float32 else dtype
-            self.table.add(adapter_name, start if share.trained else start.clone(), self._new, rounding)
+            self.table.add(adapter_name, start if adapter.trained else start.clone(), self._new, rounding)
             self._copy_stored(config, adapter_name)
-        layer.add(adapter_name, share, self.table, config.dropout)
+        layer.add(adapter_name, adapter, self.table, config.dropout)
 
     def _copy_stored(self, config: WeightAdapterConfig, adapter_name: str) -> None:
         """For trl's reference adapter, which is made with the policy's config object and given its parameters only."""
         for name, other in self.peft_config.items():
             if other is config and name != adapter_name:
-                self.table.vectors[adapter_name].weight = self.table.vectors[name].weight.clone()
+                self.table.holders[adapter_name].weight = self.table.holders[name].weight.clone()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """What is trained is float32 from the start; without PEFT's autocast it has the base's dtype instead.
@@ -125,7 +125,7 @@ class WeightAdapterModel(InPlaceTuner):
             for key, tensor in layer.fresh_factors(adapter_name, at_base=True).items()
         }
         if fresh:
-            holder = find_table(model).vectors[adapter_name]
+            holder = find_table(model).holders[adapter_name]
             holder.weight = holder.weight.clone()  # room for what is to be kept
         return {**state_dict, **fresh}
 
@@ -136,13 +136,14 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, WeightAdapt
     return {name: each for name, each in named if isinstance(each, WeightAdapterLayer) and each.has(adapter_name)}
 
 
-def _share(config: WeightAdapterConfig, parameters: list[tuple[str, Tensor, int]]) -> Share:
+def _module_adapter(config: WeightAdapterConfig, parameters: list[tuple[str, Tensor, int]]) -> ModuleAdapter:
     """Of the parameters' names, numbers and indexes."""
     at_base = config.init_weights or config.expected_base_fingerprint is not None  # of a file, which says the rest
-    parts = [
-        Part(name, index, Start(config.r, _has_shift(config, numbers), at_base)) for name, numbers, index in parameters
+    adapted = [
+        AdaptedParameter(name, index, Start(config.r, _has_shift(config, numbers), at_base))
+        for name, numbers, index in parameters
     ]
-    return Share(parts, trained=not config.inference_mode, activation=config.activation, scale=config.scale)
+    return ModuleAdapter(adapted, trained=not config.inference_mode, activation=config.activation, scale=config.scale)
 
 
 def _has_shift(config: WeightAdapterConfig, numbers: Tensor) -> bool:

@@ -73,10 +73,10 @@ def test_a_layer_may_be_set_alone(two, tiny_batch):
     assert not torch.equal(mixed, expected["default"])
     assert not torch.equal(mixed, expected["other"])
     (change,) = layer.changes("default")
-    served = layer.get_base_layer().weight.detach().view(-1)[change.places.index].clone()
+    served = layer.get_base_layer().weight.detach().view(-1)[change.indices.index].clone()
     model.set_adapter("default")
     assert torch.equal(logits(model, tiny_batch), expected["default"])
-    assert torch.equal(layer.get_base_layer().weight.view(-1)[change.places.index], served)
+    assert torch.equal(layer.get_base_layer().weight.view(-1)[change.indices.index], served)
 
 
 def test_somebody_elses_change_stops_the_switch_before_it_begins(two, tiny_batch):
