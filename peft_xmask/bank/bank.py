@@ -13,18 +13,20 @@ from torch import nn
 
 from ..core.hub import HubOptions, find_folder, upload
 from ..errors import ConfigError
+from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.model import find_table
 from .compatibility import check_alike
 from .merging import write_merged
+from .names import as_names
 from .profile import Profile
 from .rows import BankRows
 from .serving import put_in_place, serve, served_content
 from .similar import Neighbour, similar
-from .storage import BITS, FILENAMES, GAIN_BITS, open_bank, read_config
+from .storage import FILENAMES, ROWS, Content, open_bank
 
 
 class ProfileBank(BankRows):
-    """Profiles by name, mapped from disk: opening a bank of a million reads two headers.
+    """Profiles by name, mapped from disk: opening a bank of a million reads one header.
 
     Its folder is an X-PEFT adapter with P rows, which plain ``PeftModel.from_pretrained`` loads too. Adding and
     removing change the bank in memory, at a cost that does not depend on how many profiles there are;
@@ -51,40 +53,43 @@ class ProfileBank(BankRows):
             ConfigError: no such folder or repository.
             FileFormatError: files that are missing or damaged, or do not belong together.
         """
-        folder = find_folder(where, FILENAMES, HubOptions(revision, token, cache_dir), subfolder)
-        config = read_config(folder)
-        content = open_bank(folder)
-        config.num_profiles = len(content.bits)  # the file of masks is written before the config, and says what is so
-        names = content.names or [str(row) for row in range(len(content.bits))]
-        return cls(config, content.bits, content.gain_bits, names, content.shared)
+        stored = open_bank(find_folder(where, FILENAMES, HubOptions(revision, token, cache_dir), subfolder))
+        return cls._of(stored.config, stored.content)
 
     @classmethod
-    def from_model(cls, model: Any, names: Sequence[str] | None = None) -> ProfileBank:
+    def _of(cls, config: XPEFTConfig, content: Content) -> ProfileBank:
+        names = range(len(content.bits)) if content.names is None else content.names
+        return cls(config, content.bits, content.gain_bits, names, content.shared, content.offset_bits)
+
+    @classmethod
+    def from_model(cls, model: Any, names: Sequence[str | int] | None = None) -> ProfileBank:
         """A bank of what a model's active X-PEFT adapter holds now.
 
         Args:
-            names: of its rows, in order; None: ``"0"``, ``"1"`` and so on.
+            names: of its rows, in order: strings or whole numbers; None: ``"0"``, ``"1"`` and so on.
 
         Raises:
-            ConfigError: no such adapter, names that cannot be, or another number of them than of rows.
+            ConfigError: no such adapter, invalid names, or another number of them than of rows.
         """
         table = find_table(model)
         name = next((name for name in model.active_adapters if name in table.specs), None)
         if name is None:
             raise ConfigError("Expected a PEFT model whose active adapter is one of X-PEFT, found none.")
         state = get_peft_model_state_dict(model, adapter_name=name)
-        shared = {key: tensor.cpu().clone() for key, tensor in state.items() if key not in (BITS, GAIN_BITS)}
-        bits, gain_bits = state[BITS].cpu(), state.get(GAIN_BITS)
+        shared = {key: tensor.cpu().clone() for key, tensor in state.items() if key not in ROWS}
+        bits, gain_bits, offset_bits = (state[key].cpu() if key in state else None for key in ROWS)
+        assert bits is not None
         return cls(
             copy.copy(model.peft_config[name]),
             bits,
-            None if gain_bits is None else gain_bits.cpu(),
-            names if names is not None else [str(row) for row in range(len(bits))],
+            gain_bits,
+            range(len(bits)) if names is None else names,
             shared,
+            offset_bits,
         )
 
     @classmethod
-    def from_profiles(cls, profiles: Mapping[str, str | os.PathLike[str] | nn.Module]) -> ProfileBank:
+    def from_profiles(cls, profiles: Mapping[Any, str | os.PathLike[str] | nn.Module]) -> ProfileBank:
         """A bank of adapters of one profile each: folders, or models that hold one.
 
         Raises:
@@ -93,8 +98,7 @@ class ProfileBank(BankRows):
         if not profiles:
             raise ConfigError("Expected at least one profile to make a bank of, found none.")
         first = _single(next(iter(profiles.values())))
-        bank = cls(first.config, first._bits[:0], None if first._gain_bits is None else first._gain_bits[:0], [])
-        bank.shared = first.shared
+        bank = first.select([])
         for name, source in profiles.items():
             bank.add(name, source)
         return bank
@@ -106,7 +110,7 @@ class ProfileBank(BankRows):
             f"{spec.num_adapters} adapters, pool {self.config.pool_fingerprint})"
         )
 
-    def add(self, name: str, profile: Profile | str | os.PathLike[str] | nn.Module) -> None:
+    def add(self, name: str | int, profile: Profile | str | os.PathLike[str] | nn.Module) -> None:
         """Enter a profile, or put another one in the place of that of this name.
 
         Args:
@@ -123,18 +127,18 @@ class ProfileBank(BankRows):
             profile = other[next(iter(other))]
         self.put(name, profile)
 
-    def select(self, names: Iterable[str]) -> ProfileBank:
+    def select(self, names: Iterable[str | int]) -> ProfileBank:
         """A bank of some of the profiles, in this order.
 
         Raises:
             KeyError: no such profile.
             ConfigError: a name comes twice.
         """
-        wanted = list(names)
-        bits, gain_bits = self.pick(wanted)
+        wanted = as_names(names)
+        content = self.pick(wanted)
         config = copy.copy(self.config)
-        config.num_profiles = len(bits)
-        return ProfileBank(config, bits, gain_bits, wanted, self.shared)
+        config.num_profiles = len(wanted)
+        return ProfileBank(config, content.bits, content.gain_bits, wanted, content.shared, content.offset_bits)
 
     def similar(self, name: str, count: int = 10) -> list[Neighbour]:
         """The profiles whose masks differ from those of one in the fewest bits: nearest first, equals in bank order.
@@ -232,7 +236,7 @@ class ProfileBank(BankRows):
         self._refuse_empty()
         old = served_content(model, adapter_name)
         config: Any = model.peft_config[adapter_name]
-        check_alike(ProfileBank(config, old.bits, old.gain_bits, old.names or [], old.shared), self)
+        check_alike(self._of(config, old), self)
         put_in_place(model, adapter_name, self.content())
 
     def _refuse_empty(self) -> None:

@@ -36,6 +36,11 @@ def check_alike(bank: BankRows, other: BankRows) -> None:
         raise ConfigError(
             f"Expected profiles like those of this bank, found {said or f'{other.spec.num_sites} sites'}."
         )
+    if bank.offset_count != other.offset_count:
+        raise ConfigError(
+            f"Expected profiles with offsets for {bank.offset_count} outputs, as this bank has, found profiles with "
+            f"offsets for {other.offset_count}."
+        )
     if other.shared and not same_tensors(bank.shared, other.shared):
         raise ConfigError(
             "Expected the head that all profiles of this bank share, found another one. A bank holds masks for one "

@@ -1,4 +1,4 @@
-"""The config of a bank's profiles, read from a file that is not trusted."""
+"""The config of a bank's profiles, as it is written, and read from a file that is not trusted."""
 
 from __future__ import annotations
 
@@ -23,30 +23,38 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 }
 
 
+def fields_of(config: XPEFTConfig) -> dict[str, Any]:
+    """A config as JSON holds it."""
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+
+
 def config_of(fields: Mapping[str, Any], where: str) -> XPEFTConfig:
     """The config that these fields make: that of an adapter which was made, so that nothing is left to be resolved.
+
+    ``num_profiles`` is left out: the number of rows says it, and an emptied bank has none.
 
     Args:
         where: they come from, for errors.
 
     Raises:
-        FileFormatError: of another method, or a value that cannot be.
+        FileFormatError: of another method, or an invalid value.
     """
     if fields.get("peft_type") != "XPEFT":
         raise FileFormatError(
             f"Expected the config of an X-PEFT adapter in '{where}', found one of {fields.get('peft_type')!r}."
         )
     try:
-        config: XPEFTConfig = XPEFTConfig.from_peft_type(**fields)
+        kept = {name: value for name, value in fields.items() if name != "num_profiles"}
+        config: XPEFTConfig = XPEFTConfig.from_peft_type(**kept)
         require_positive("top_k", config.top_k)
         require_choice("mask_norm", config.mask_norm, MASK_NORMS)
         for name, kinds in _KINDS.items():
             if not isinstance(getattr(config, name), kinds):
-                raise ValueError(f"{name}={getattr(config, name)!r} is not possible")
+                raise ValueError(f"{name}={getattr(config, name)!r} is invalid")
         if config.scale is None or not math.isfinite(config.scale):
-            raise ValueError(f"scale={config.scale!r} is not possible")
+            raise ValueError(f"scale={config.scale!r} is invalid")
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise FileFormatError(
-            f"Expected the config of an X-PEFT adapter in '{where}', found one that cannot be: {error}. It is damaged."
+            f"Expected the config of an X-PEFT adapter in '{where}', found an invalid one: {error}. It is damaged."
         ) from error
     return config

@@ -29,11 +29,13 @@ class Change(NamedTuple):
         name: of the profile.
         bits: of its masks that differ.
         gains: that differ.
+        offsets: that differ.
     """
 
     name: str
     bits: int
     gains: int
+    offsets: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,13 @@ def compare_banks(old: ProfileBank, new: ProfileBank) -> Difference:
     """Compare two banks by the names of their profiles.
 
     Raises:
-        ConfigError: their masks are of different sizes, or only one has gains.
+        ConfigError: their rows are of different sizes, or only one has gains or offsets.
     """
-    if old.spec.bits_shape[1:] != new.spec.bits_shape[1:] or old.spec.learn_gain != new.spec.learn_gain:
+    sizes = [{key: bank.row_shape(key) for key in bank.row_keys()} for bank in (old, new)]
+    if sizes[0] != sizes[1]:
         raise ConfigError(
-            f"Expected banks whose masks are of one size, found {old!r} with gains: {old.spec.learn_gain}, and {new!r} "
-            f"with gains: {new.spec.learn_gain}. There is nothing to compare bit by bit."
+            f"Expected banks whose masks, gains and offsets are of one size, found {old!r} with rows of {sizes[0]} and "
+            f"{new!r} with rows of {sizes[1]}. They cannot be compared bit by bit."
         )
     places = {name: place for place, name in enumerate(old)}
     pairs, names, added = [], [], []
@@ -95,11 +98,12 @@ def _changes(old: ProfileBank, new: ProfileBank, names: list[str], pairs: Tensor
     """Profiles that differ. Shapes: ``pairs [C, 2]``, the rows of each name in both banks."""
     before, after = old.content(), new.content()
     bits = _differing(before.bits, after.bits, pairs)
-    gains = np.zeros_like(bits)
-    if before.gain_bits is not None and after.gain_bits is not None:
-        gains = _differing(before.gain_bits, after.gain_bits, pairs, whole=True)
-    rows = np.flatnonzero(bits + gains)
-    return tuple(Change(names[row], int(bits[row]), int(gains[row])) for row in rows.tolist())
+    gains, offsets = (
+        np.zeros_like(bits) if one is None or other is None else _differing(one, other, pairs, whole=True)
+        for one, other in ((before.gain_bits, after.gain_bits), (before.offset_bits, after.offset_bits))
+    )
+    rows = np.flatnonzero(bits + gains + offsets)
+    return tuple(Change(names[row], int(bits[row]), int(gains[row]), int(offsets[row])) for row in rows.tolist())
 
 
 def _differing(old: Tensor, new: Tensor, pairs: Tensor, whole: bool = False) -> Any:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from torch import Tensor
 
 from .names import NameIndex
 from .rows import BankRows
-from .storage import BITS, GAIN_BITS, write_bank
+from .storage import write_bank
 
 
 def write_merged(banks: Sequence[BankRows], folder: Path) -> None:
@@ -25,10 +26,8 @@ def write_merged(banks: Sequence[BankRows], folder: Path) -> None:
     config = copy.copy(first.config)
     config.num_profiles = len(index)
     config.inference_mode = True
-    parts: Mapping[str, tuple[tuple[int, ...], Iterable[Tensor]]] = {
-        BITS: ((len(index), *first.spec.bits_shape[1:]), (block for bank in banks for block in bank.blocks()))
+    rows: dict[str, tuple[tuple[int, ...], Iterable[Tensor]]] = {
+        key: ((len(index), *first.row_shape(key)), chain.from_iterable([bank.blocks(key) for bank in banks]))
+        for key in first.row_keys()
     }
-    if first.spec.learn_gain:
-        gains = (block for bank in banks for block in bank.blocks(gains=True))
-        parts = {**parts, GAIN_BITS: ((len(index), *first.spec.gain_shape[1:]), gains)}
-    write_bank(folder, config, index, parts, first.shared)
+    write_bank(folder, config, index, rows, first.shared)

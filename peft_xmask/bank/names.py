@@ -8,7 +8,9 @@ signed.
 from __future__ import annotations
 
 import hashlib
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +30,27 @@ TENSORS: Mapping[str, torch.dtype] = {
 }
 
 
+def as_name(name: Any) -> str:
+    """A name as banks have it: a whole number stands for its decimal digits; anything else is left as it is."""
+    if isinstance(name, numbers.Integral) and not isinstance(name, bool):
+        return str(int(name))
+    found: str = name
+    return found
+
+
+def as_names(names: object) -> list[str]:
+    """Names for the rows of a bank.
+
+    Raises:
+        ConfigError: one string, whose letters are hardly meant, or something that is not a sequence.
+    """
+    if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
+        raise ConfigError(
+            f"Expected a list of names, one for each profile, found {names!r}. Put a single name in a list."
+        )
+    return [as_name(name) for name in names]
+
+
 def check_name(name: object) -> bytes:
     """The UTF-8 of a name.
 
@@ -35,7 +58,7 @@ def check_name(name: object) -> bytes:
         ConfigError: not a string of 1 to 1,024 bytes of UTF-8, or ``"__base__"``.
     """
     if not isinstance(name, str):
-        raise ConfigError(f"Expected the name of a profile as a string, found {name!r}.")
+        raise ConfigError(f"Expected the name of a profile as a string or a whole number, found {name!r}.")
     try:
         encoded = name.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -79,7 +102,7 @@ class NameIndex:
         """An index of names, the first being that of row 0.
 
         Raises:
-            ConfigError: a name that cannot be, or one that comes twice.
+            ConfigError: an invalid name, or one that comes twice.
         """
         encoded = [check_name(name) for name in names]
         _refuse_twins(encoded)

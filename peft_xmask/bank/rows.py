@@ -1,18 +1,19 @@
-"""The rows of a bank: masks, gains and names where its files have them, and what was edited since."""
+"""The rows of a bank: masks, gains, offsets and names where its files have them, and what was edited since."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, FileFormatError
+from ..core.packing import unpack_halves
+from ..errors import ConfigError, FileFormatError, MaskFormatError
 from ..tuners.xpeft import XPEFTConfig
-from ..tuners.xpeft.spec import MaskSpec
-from .names import NameIndex, check_name
+from .names import NameIndex, as_name, as_names, check_name
 from .profile import Profile
-from .storage import Content, in_blocks
+from .storage import BITS, ROWS, Content, in_blocks
 
 _CHECKED = 4096  # rows that are checked at once
 
@@ -26,12 +27,13 @@ class BankRows:
         config: of the profiles: pool, sizes, fingerprints.
         bits: uint8 ``[P, 2, S, W]``, see :class:`~peft_xmask.tuners.xpeft.spec.MaskSpec`.
         gain_bits: uint8 ``[P, S, 2]``; None where gains are not learnt.
-        names: of the rows, in order.
+        names: of the rows, in order: strings, or whole numbers, which stand for their decimal digits.
         shared: tensors of modules that all profiles share, such as a head, by their name in an adapter's file.
+        offset_bits: uint8 ``[P, 2 * C]``, half-precision numbers added to C outputs; None where there are none.
 
     Raises:
-        ConfigError: a name that cannot be or comes twice, or another number of names than of rows.
-        MaskFormatError: bytes of another shape or dtype. What is in them is checked when a profile is used.
+        ConfigError: an invalid name, a name that comes twice, or another number of names than of rows.
+        MaskFormatError: bytes of another shape or dtype. Their content is checked when a profile is used.
     """
 
     def __init__(
@@ -39,8 +41,9 @@ class BankRows:
         config: XPEFTConfig,
         bits: Tensor,
         gain_bits: Tensor | None,
-        names: Sequence[str] | NameIndex,
+        names: Sequence[str | int] | NameIndex,
         shared: Mapping[str, Tensor] | None = None,
+        offset_bits: Tensor | None = None,
     ) -> None:
         if bits.dim() != 4:
             raise FileFormatError(f"Expected masks of shape [P, 2, S, W], found {tuple(bits.shape)}.")
@@ -52,9 +55,11 @@ class BankRows:
                 f"Expected gains for {len(bits) if config.learn_gain else 0} profiles, as learn_gain="
                 f"{config.learn_gain} says, found {'none' if gain_bits is None else len(gain_bits)}."
             )
+        if offset_bits is not None:
+            check_offset_shape(offset_bits, len(bits))
         self.shared = dict(shared or {})
-        self._bits, self._gain_bits = bits, gain_bits
-        self._index = names if isinstance(names, NameIndex) else NameIndex.build(names)
+        self._stored = Content(bits, gain_bits, self.shared, None, offset_bits)
+        self._index = names if isinstance(names, NameIndex) else NameIndex.build(as_names(names))
         if len(self._index) != len(bits):
             raise ConfigError(f"Expected a name for each of {len(bits)} profiles, found {len(self._index)}.")
         self._added: dict[str, Profile] = {}
@@ -64,55 +69,66 @@ class BankRows:
         return len(self._index) - len(self._removed) + len(self._added)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (name in self._added or self._row(name) is not None)
+        found = as_name(name)
+        return isinstance(found, str) and (found in self._added or self._row(found) is not None)
 
     def __iter__(self) -> Iterator[str]:
         """Names: those of the file in its order, then those that were added."""
         yield from (name for name in self._index if name not in self._removed)
         yield from self._added
 
-    def __getitem__(self, name: str) -> Profile:
+    def __getitem__(self, name: str | int) -> Profile:
         """A profile by name, checked.
 
         Raises:
             KeyError: no such profile.
-            MaskFormatError: its bytes are no masks.
+            MaskFormatError: its bytes are not those of a profile.
         """
+        name = as_name(name)
         if name in self._added:
             return self._added[name]
         row = self._row(name)
         if row is None:
             raise self._unknown(name)
-        gain_bits = None if self._gain_bits is None else self._gain_bits[row].clone()
-        profile = Profile(self._bits[row].clone(), gain_bits)
-        _check(profile, self.spec)
+        bits, gain_bits, offset_bits = (
+            None if tensor is None else tensor[row].clone() for tensor in self._stored.tensors
+        )
+        assert bits is not None
+        profile = Profile(bits, gain_bits, offset_bits)
+        self._check(profile)
         return profile
 
     @property
     def nbytes(self) -> int:
-        """Bytes of masks and gains of one profile."""
-        gains = 0 if self._gain_bits is None else 2 * self.spec.num_sites
-        return 2 * self.spec.num_sites * self.spec.bits_shape[-1] + gains
+        """Bytes of masks, gains and offsets of one profile."""
+        return sum(prod(tensor.shape[1:]) for tensor in self._stored.rows.values())
 
-    def put(self, name: str, profile: Profile) -> None:
-        """Enter a profile, or put another one in the place of that of this name.
+    @property
+    def offset_count(self) -> int | None:
+        """How many outputs the profiles have offsets for; None: they have no offsets."""
+        return None if self._stored.offset_bits is None else self._stored.offset_bits.shape[1] // 2
+
+    def put(self, name: str | int, profile: Profile) -> None:
+        """Enter a profile, or replace the one of this name.
 
         Raises:
-            ConfigError: a name that cannot be.
-            MaskFormatError: masks of another kind, or none.
+            ConfigError: an invalid name.
+            FileFormatError, MaskFormatError: bytes that are not those of a profile of this bank.
         """
+        name = as_name(name)
         check_name(name)
-        _check(profile, self.spec)
+        self._check(profile)
         if self._row(name) is not None:
             self._removed.add(name)
         self._added[name] = profile
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str | int) -> None:
         """Forget a profile.
 
         Raises:
             KeyError: no such profile.
         """
+        name = as_name(name)
         if name in self._added:
             del self._added[name]
         elif self._row(name) is not None:
@@ -120,39 +136,66 @@ class BankRows:
         else:
             raise self._unknown(name)
 
-    def pick(self, names: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Masks and gains of some profiles, in this order and checked.
+    def rename(self, old: str | int, new: str | int) -> None:
+        """Give a profile another name. It moves to the end of the bank's order.
 
         Raises:
             KeyError: no such profile.
-            MaskFormatError: bytes that are no masks.
+            ConfigError: an invalid new name, or one that another profile has.
+        """
+        profile = self[old]
+        if as_name(new) == as_name(old):
+            return
+        if new in self:
+            raise ConfigError(
+                f"A profile called {as_name(new)!r} exists already. Remove it first, or choose another name."
+            )
+        self.put(new, profile)
+        self.remove(old)
+
+    def pick(self, names: Sequence[str]) -> Content:
+        """The rows of some profiles, in this order and checked.
+
+        Raises:
+            KeyError: no such profile.
+            MaskFormatError: bytes that are not those of a profile.
         """
         rows = [-1 if name in self._added else self._row(name) for name in names]
         if None in rows:
             raise self._unknown(names[rows.index(None)])
         places = torch.tensor(rows, dtype=torch.long)
-        bits = self._picked(names, places, gains=False)
-        gain_bits = None if self._gain_bits is None else self._picked(names, places, gains=True)
+        bits, gain_bits, offset_bits = (
+            None if tensor is None else self._picked(tensor, part, names, places)
+            for part, tensor in enumerate(self._stored.tensors)
+        )
+        assert bits is not None
         for start in range(0, len(bits), _CHECKED):
             some = slice(start, start + _CHECKED)
             self.spec.check(bits[some], None if gain_bits is None else gain_bits[some])
-        return bits, gain_bits
+            check_offsets(None if offset_bits is None else offset_bits[some])
+        return Content(bits, gain_bits, self.shared, None, offset_bits)
 
     def content(self) -> Content:
         """The profiles as they are now: where the file has them or, if the bank was edited since, copied together."""
-        if not (self._added or self._removed):
-            return Content(self._bits, self._gain_bits, self.shared, self._index)
-        bits = torch.cat([self._bits[:0], *self.blocks()])
-        gain_bits = None if self._gain_bits is None else torch.cat([self._gain_bits[:0], *self.blocks(gains=True)])
-        return Content(bits, gain_bits, self.shared, self.name_index())
+        bits, gain_bits, offset_bits = self._stored.tensors
+        if self._added or self._removed:
+            bits, gain_bits, offset_bits = (
+                None if tensor is None else torch.cat([tensor[:0], *self.blocks(key)])
+                for key, tensor in zip(ROWS, self._stored.tensors, strict=True)
+            )
+        assert bits is not None
+        return Content(bits, gain_bits, self.shared, self.name_index(), offset_bits)
 
-    def blocks(self, gains: bool = False) -> Iterator[Tensor]:
-        """Masks ``[rows, 2, S, W]``, or gains ``[rows, S, 2]``, in the order of the bank, some megabytes at a time."""
-        stored = self._gain_bits if gains else self._bits
-        assert stored is not None
-        yield from in_blocks(stored, self._kept())
+    def blocks(self, key: str = BITS) -> Iterator[Tensor]:
+        """Rows of a tensor, in the order of the bank, some megabytes at a time.
+
+        Args:
+            key: which one, by its name in a file: masks ``[rows, 2, S, W]``, gains ``[rows, S, 2]`` or offsets.
+        """
+        yield from in_blocks(self._stored.rows[key], self._kept())
+        part = ROWS.index(key)
         for profile in self._added.values():
-            row = profile.gain_bits if gains else profile.bits
+            row = profile.parts[part]
             assert row is not None
             yield row.unsqueeze(0)
 
@@ -168,21 +211,38 @@ class BankRows:
         """The names as they are now."""
         return NameIndex.build(self) if self._added or self._removed else self._index
 
+    def row_keys(self) -> list[str]:
+        """Which tensors of rows the bank has, by their names in a file."""
+        return list(self._stored.rows)
+
+    def row_shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one row of such a tensor."""
+        return tuple(self._stored.rows[key].shape[1:])
+
     def _row(self, name: str) -> int | None:
         return None if name in self._removed else self._index.find(name)
 
     def _unknown(self, name: str) -> KeyError:
         return KeyError(f"No profile {name!r} in this bank of {len(self)}.")
 
-    def _picked(self, names: Sequence[str], rows: Tensor, gains: bool) -> Tensor:
-        """Masks or gains of some profiles: rows of the file, and -1 for one that was added."""
-        stored = self._gain_bits if gains else self._bits
-        assert stored is not None
+    def _check(self, profile: Profile) -> None:
+        gain_bits, offset_bits = profile.gain_bits, profile.offset_bits
+        if (gain_bits is None) == self.spec.learn_gain:
+            raise FileFormatError(f"Expected a profile with learn_gain={self.spec.learn_gain}, found another.")
+        found = None if offset_bits is None else offset_bits.numel() // 2
+        if found != self.offset_count:
+            raise FileFormatError(f"Expected a profile with offsets for {self.offset_count} outputs, found {found}.")
+        self.spec.check(profile.bits.unsqueeze(0), None if gain_bits is None else gain_bits.unsqueeze(0))
+        if offset_bits is not None:
+            check_offset_shape(offset_bits.unsqueeze(0), 1)
+        check_offsets(offset_bits)
+
+    def _picked(self, stored: Tensor, part: int, names: Sequence[str], rows: Tensor) -> Tensor:
+        """Rows of a stored tensor, and -1 for a profile that was added."""
         found = torch.empty(len(rows), *stored.shape[1:], dtype=stored.dtype)
         found[rows >= 0] = stored[rows[rows >= 0]]
         for place in (rows < 0).nonzero().flatten().tolist():
-            profile = self._added[names[place]]
-            row = profile.gain_bits if gains else profile.bits
+            row = self._added[names[place]].parts[part]
             assert row is not None
             found[place] = row
         return found
@@ -197,8 +257,25 @@ class BankRows:
         return keep.nonzero().view(-1)
 
 
-def _check(profile: Profile, spec: MaskSpec) -> None:
-    gain_bits = None if profile.gain_bits is None else profile.gain_bits.unsqueeze(0)
-    if (gain_bits is None) == spec.learn_gain:
-        raise FileFormatError(f"Expected a profile with learn_gain={spec.learn_gain}, found another.")
-    spec.check(profile.bits.unsqueeze(0), gain_bits)
+def check_offset_shape(offset_bits: Tensor, profiles: int) -> None:
+    """Refuse offsets of another shape or dtype than uint8 ``[P, 2 * C]``.
+
+    Raises:
+        MaskFormatError: as said.
+    """
+    shape = tuple(offset_bits.shape)
+    if offset_bits.dtype != torch.uint8 or len(shape) != 2 or shape[0] != profiles or shape[1] % 2 or not shape[1]:
+        raise MaskFormatError(
+            f"Expected offset_bits as uint8 of shape [{profiles}, 2 * C], found {offset_bits.dtype} of shape {shape}. "
+            "The file is damaged."
+        )
+
+
+def check_offsets(offset_bits: Tensor | None) -> None:
+    """Refuse offsets that are not finite.
+
+    Raises:
+        MaskFormatError: as said.
+    """
+    if offset_bits is not None and not unpack_halves(offset_bits).isfinite().all():
+        raise MaskFormatError("Expected finite offsets, found NaN or infinity. The file is damaged.")

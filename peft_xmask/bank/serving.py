@@ -12,7 +12,7 @@ from ..errors import ConfigError
 from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.model import find_table
 from .names import NameIndex
-from .storage import BITS, GAIN_BITS, Content
+from .storage import BITS, GAIN_BITS, OFFSET_BITS, ROWS, Content
 
 
 def serve(model: nn.Module, adapter_name: str, config: XPEFTConfig, content: Content) -> PeftModel:
@@ -31,9 +31,7 @@ def serve(model: nn.Module, adapter_name: str, config: XPEFTConfig, content: Con
         model.set_adapter(adapter_name, inference_mode=True)
     else:
         model = get_peft_model(model, config, adapter_name=adapter_name)
-    first = {BITS: content.bits[:1]}
-    if content.gain_bits is not None:
-        first[GAIN_BITS] = content.gain_bits[:1]
+    first = {key: tensor[:1] for key, tensor in content.rows.items()}
     set_peft_model_state_dict(model, {**content.shared, **first}, adapter_name=adapter_name)
     put_in_place(model, adapter_name, content)
     return model.eval()
@@ -44,7 +42,8 @@ def put_in_place(model: PeftModel, adapter_name: str, content: Content) -> None:
     served: Any = model.peft_config[adapter_name]
     served.num_profiles = len(content.bits)
     assert content.names is not None
-    find_table(model).serve(adapter_name, content.bits, content.gain_bits, content.names)
+    extra = {} if content.offset_bits is None else {"offset_bits": content.offset_bits}
+    find_table(model).serve(adapter_name, content.bits, content.gain_bits, content.names, **extra)
 
 
 def served_content(model: PeftModel, adapter_name: str) -> Content:
@@ -60,5 +59,5 @@ def served_content(model: PeftModel, adapter_name: str) -> Content:
             f"Expected an adapter '{adapter_name}' that serves a bank, found none. Attach the bank first."
         )
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    shared = {key: tensor.cpu() for key, tensor in state.items() if key not in (BITS, GAIN_BITS)}
-    return Content(state[BITS], state.get(GAIN_BITS), shared, names)
+    shared = {key: tensor.cpu() for key, tensor in state.items() if key not in ROWS}
+    return Content(state[BITS], state.get(GAIN_BITS), shared, names, state.get(OFFSET_BITS))

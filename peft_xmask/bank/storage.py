@@ -1,11 +1,13 @@
-"""A bank's folder: an ordinary X-PEFT adapter of P rows, and the names of the rows. See docs/bank-format.md."""
+"""A bank's folder: one file that is the whole bank, and what PEFT wants beside it. See docs/bank-format.md.
+
+Replacing that one file is the only moment at which a bank changes. A reader opens it once and has one whole bank, and
+keeps it however often it is replaced, because the system keeps a file for as long as someone has it open.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,39 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import safetensors
-import torch
 from torch import Tensor
 
-from ..core.adapter_folder import ADAPTER_FILE
-from ..core.files import write_atomically, write_tensors, write_text
+from ..core.adapter_folder import ADAPTER_FILE, NAMES_PREFIX
+from ..core.files import write_atomically, write_text
 from ..core.hub import CONFIG_FILE, Folder
+from ..core.tensor_file import MappedTensors, header_sha256, map_tensors, write_tensor_stream
 from ..errors import FileFormatError, LockedError
 from ..tuners.base.model_card import complete_card
 from ..tuners.xpeft import XPEFTConfig
-from .config import config_of
-from .names import NameIndex
+from .config import config_of, fields_of
+from .names import TENSORS, NameIndex
 
-BITS = "base_model.model.mask_table.xpeft_bits.weight"
-GAIN_BITS = "base_model.model.mask_table.xpeft_gain_bits.weight"
+_KEY = "base_model.model.mask_table.{}.weight"
+BITS, GAIN_BITS, OFFSET_BITS = (_KEY.format(part) for part in ("xpeft_bits", "xpeft_gain_bits", "xpeft_offset_bits"))
+ROWS = (BITS, GAIN_BITS, OFFSET_BITS)
+"""Tensors with a row for each profile, by their names in a file."""
+
 NAMES_PATTERN = "profiles-*.safetensors"
 FILENAMES = (CONFIG_FILE, ADAPTER_FILE, NAMES_PATTERN, "README.md")
 LOCK_FILE = ".bank.lock"
-VERSION = "1"
+VERSION = "2"
+VERSION_KEY, CONFIG_KEY, DATA_KEY, HEADER_KEY = "bank_version", "bank_config", "bank_data_sha256", "bank_header_sha256"
+_NAMES_KEY = "bank_names"  # of version 1
 _NAMES_FILE = re.compile(r"profiles-[0-9a-f]{16}\.safetensors")
-_VERSION_KEY, _NAMES_KEY = "bank_version", "bank_names"
-_BYTES = torch.uint8
-_DTYPES = {
-    "torch.float64": "F64",
-    "torch.float32": "F32",
-    "torch.bfloat16": "BF16",
-    "torch.float16": "F16",
-    "torch.int64": "I64",
-    "torch.uint8": "U8",
-    "torch.bool": "BOOL",
-}
-_LOOKS = 20
-_BLOCK = 1 << 24  # bytes that are written at once
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_BLOCK = 1 << 24  # bytes that are read or written at once
 
 
 @dataclass(frozen=True)
@@ -57,59 +52,86 @@ class Content:
         gain_bits: uint8 ``[P, S, 2]``, or None.
         shared: tensors of modules saved whole, such as a head, by their name in the file.
         names: of the rows; None in an ordinary adapter.
+        offset_bits: uint8 ``[P, 2 * C]``, half-precision numbers added to C outputs; None where there are none.
     """
 
     bits: Tensor
     gain_bits: Tensor | None
     shared: Mapping[str, Tensor]
     names: NameIndex | None
+    offset_bits: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Those with a row for each profile, in the order of :data:`ROWS`."""
+        return self.bits, self.gain_bits, self.offset_bits
+
+    @property
+    def rows(self) -> dict[str, Tensor]:
+        """Those of :attr:`tensors` that are there, by their names in a file."""
+        return {key: tensor for key, tensor in zip(ROWS, self.tensors, strict=True) if tensor is not None}
 
 
-def read_config(folder: Folder) -> XPEFTConfig:
-    """The config of a bank's folder.
+@dataclass(frozen=True)
+class StoredBank:
+    """An open bank, or an ordinary X-PEFT adapter.
+
+    Attributes:
+        config: of its profiles; ``num_profiles`` is the number of rows.
+        content: mapped into memory.
+        version: of the format; None: an ordinary adapter.
+        file: the main file.
+    """
+
+    config: XPEFTConfig
+    content: Content
+    version: str | None
+    file: MappedTensors
+
+    @property
+    def data_digest(self) -> str | None:
+        """What the SHA-256 of the file's tensors should be; None where nothing is written of it."""
+        return self.file.metadata.get(DATA_KEY)
+
+
+def open_bank(folder: Folder) -> StoredBank:
+    """Map a bank into memory. Only the header is read; pages come as they are touched.
 
     Raises:
-        FileFormatError: missing, or not that of an X-PEFT adapter.
+        FileFormatError: a file is missing or damaged, or is of another method or a later version.
     """
-    return config_of(folder.read_json(CONFIG_FILE), str(folder.path / CONFIG_FILE))
-
-
-def open_bank(folder: Folder) -> Content:
-    """Map a bank's files into memory. Nothing is read but their headers; pages come as they are touched.
-
-    Raises:
-        FileFormatError: a file that is missing, damaged or replaced all the time, or files that do not belong together.
-    """
-    for _ in range(_LOOKS):
-        tensors, metadata = _mapped(folder.path / ADAPTER_FILE)
-        name = _names_of(metadata)
-        if name is None or (folder.path / name).exists():
-            break  # else a writer replaced the bank in between, and its names are other ones
-    if BITS not in tensors:
-        raise FileFormatError(f"Expected '{BITS}' in '{folder.path / ADAPTER_FILE}', found {sorted(tensors)}.")
-    names = None
-    if name is not None:
-        names = NameIndex(_mapped(folder.path / name)[0])
-        if len(names) != len(tensors[BITS]):
-            raise FileFormatError(
-                f"Expected names for the {len(tensors[BITS])} profiles of '{folder.path}', found {len(names)}."
-            )
-    shared = {key: tensor for key, tensor in tensors.items() if key not in (BITS, GAIN_BITS)}
-    return Content(tensors[BITS], tensors.get(GAIN_BITS), shared, names)
+    path = folder.path / ADAPTER_FILE
+    file = map_tensors(path)
+    version = file.metadata.get(VERSION_KEY)
+    if not any(key.startswith("bank_") for key in file.metadata):
+        return _stored(folder, file, _config_beside(folder), None, None)
+    if version == "1":
+        names = NameIndex(_names_of_version_1(folder, file.metadata))
+        return _stored(folder, file, _config_beside(folder), names, version)
+    if version != VERSION:
+        raise FileFormatError(
+            f"Expected a bank of version 1 or {VERSION} in '{path}', found version {version!r:.80}. Update peft_xmask, "
+            "or fetch the bank again."
+        )
+    _check_header(file, path)
+    names = NameIndex(
+        {name: file.tensors[NAMES_PREFIX + name] for name in TENSORS if NAMES_PREFIX + name in file.tensors}
+    )
+    return _stored(folder, file, config_of(_json(file.metadata.get(CONFIG_KEY), path), str(path)), names, version)
 
 
 def write_bank(
     folder: Path,
     config: XPEFTConfig,
     names: NameIndex,
-    parts: Mapping[str, tuple[tuple[int, ...], Iterable[Tensor]]],
+    rows: Mapping[str, tuple[tuple[int, ...], Iterable[Tensor]]],
     shared: Mapping[str, Tensor],
 ) -> None:
-    """Write a bank. Until the file of masks is renamed over the old one, the old bank is what readers find.
+    """Write a bank. Until its file is renamed over the old one, the old bank is what readers find.
 
     Args:
         config: with ``num_profiles`` as it is to be.
-        parts: uint8 tensors of the file by name: their shapes, and their rows in blocks.
+        rows: uint8 tensors by their names in the file: their shapes, and their rows in blocks.
         shared: tensors saved whole.
 
     Raises:
@@ -117,67 +139,77 @@ def write_bank(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
-        filename = names_file(names)
-        write_tensors(folder / filename, names.tensors)
-        metadata = {"format": "pt", _VERSION_KEY: VERSION, _NAMES_KEY: filename}
-        write_atomically(folder / ADAPTER_FILE, lambda path: _write_stream(path, parts, shared, metadata))
-        with tempfile.TemporaryDirectory() as beside:
-            config.save_pretrained(beside)
-            write_text(folder / CONFIG_FILE, (Path(beside) / CONFIG_FILE).read_text(encoding="utf-8"))
-        complete_card(folder, config)
-        for stale in folder.glob(NAMES_PATTERN):
-            if stale.name != filename:
-                stale.unlink(missing_ok=True)
-
-
-def names_file(names: NameIndex) -> str:
-    """What the file of these names is called."""
-    hasher = hashlib.sha256()
-    for name in ("ends", "names"):
-        hasher.update(names.tensors[name].contiguous().numpy().tobytes())
-    return f"profiles-{hasher.hexdigest()[:16]}.safetensors"
-
-
-def _names_of(metadata: Mapping[str, str]) -> str | None:
-    """The file of names that a file of masks goes with; None: an ordinary adapter."""
-    name = metadata.get(_NAMES_KEY)
-    if name is not None and (metadata.get(_VERSION_KEY) != VERSION or not _NAMES_FILE.fullmatch(name)):
-        raise FileFormatError(
-            f"Expected a bank of version {VERSION} with its names in a file {NAMES_PATTERN}, found version "
-            f"{metadata.get(_VERSION_KEY)!r} and {name[:80]!r}. Update peft_xmask, or fetch the bank again."
+        fields = fields_of(config)
+        metadata = {"format": "pt", VERSION_KEY: VERSION, CONFIG_KEY: json.dumps(fields, sort_keys=True)}
+        fixed = {**shared, **{NAMES_PREFIX + name: tensor for name, tensor in names.tensors.items()}}
+        write_atomically(
+            folder / ADAPTER_FILE,
+            lambda path: write_tensor_stream(path, fixed, rows, metadata, DATA_KEY, HEADER_KEY),
         )
-    return name
+        write_text(folder / CONFIG_FILE, json.dumps(fields, indent=2, sort_keys=True))
+        complete_card(folder, config)
+        for stale in folder.glob(NAMES_PATTERN):  # a bank of version 1 was here
+            stale.unlink(missing_ok=True)
 
 
-def _mapped(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of one file: safetensors opens a path twice, and a writer may rename in between."""
-    for _ in range(_LOOKS):
-        before = _stamp(path)
-        if before is None:
-            raise FileFormatError(f"Expected a file '{path}', found none. Fetch or write the bank again.")
-        failure = None
-        try:
-            with safetensors.safe_open(str(path), framework="pt") as opened:
-                found = {name: opened.get_tensor(name) for name in opened.keys()}, dict(opened.metadata() or {})  # noqa: SIM118
-        except (safetensors.SafetensorError, ValueError, OSError, RuntimeError) as error:
-            failure = error
-        if before != _stamp(path):
-            continue
-        if failure is None:
-            return found
+def in_blocks(tensor: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
+    """Rows of a tensor a few megabytes at a time; None: all of them."""
+    count = len(tensor) if rows is None else len(rows)
+    step = max(1, _BLOCK // max(1, tensor[:1].nbytes))
+    for start in range(0, count, step):
+        yield tensor[start : start + step] if rows is None else tensor.index_select(0, rows[start : start + step])
+
+
+def _stored(
+    folder: Folder, file: MappedTensors, config: XPEFTConfig, names: NameIndex | None, version: str | None
+) -> StoredBank:
+    tensors = file.tensors
+    where = folder.path / ADAPTER_FILE
+    if BITS not in tensors or tensors[BITS].dim() != 4:
+        raise FileFormatError(f"Expected '{BITS}' of shape [P, 2, S, W] in '{where}', found {sorted(tensors)}.")
+    bits, gain_bits, offset_bits = (tensors.get(key) for key in ROWS)
+    assert bits is not None
+    if names is not None and len(names) != len(bits):
+        raise FileFormatError(f"Expected names for the {len(bits)} profiles of '{where}', found {len(names)}.")
+    config.num_profiles = len(bits)
+    shared = {key: tensor for key, tensor in tensors.items() if key not in ROWS and not key.startswith(NAMES_PREFIX)}
+    return StoredBank(config, Content(bits, gain_bits, shared, names, offset_bits), version, file)
+
+
+def _config_beside(folder: Folder) -> XPEFTConfig:
+    return config_of(folder.read_json(CONFIG_FILE), str(folder.path / CONFIG_FILE))
+
+
+def _check_header(file: MappedTensors, path: Path) -> None:
+    """Refuse a header that is not the one that was written, before anything in it is believed."""
+    said = file.metadata.get(HEADER_KEY, "")
+    found = header_sha256(file.header, HEADER_KEY, said)
+    if said != found or not _DIGEST.fullmatch(file.metadata.get(DATA_KEY, "")):
         raise FileFormatError(
-            f"'{path}' ({before[0]} bytes) is not a readable safetensors file: {failure}. It may be truncated or "
-            "damaged; fetch or write it again."
-        ) from failure
-    raise FileFormatError(f"'{path}' was replaced each of the {_LOOKS} times it was opened. Open it again later.")
+            f"Expected a header of SHA-256 {said[:64]!r} in '{path}', found one of {found!r}. The file is damaged or "
+            "was edited; fetch or write the bank again."
+        )
 
 
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    """What tells a file from the one that replaces it, its size first; None where there is none."""
-    if not path.is_file():
-        return None
-    found = path.stat()
-    return found.st_size, found.st_dev, found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+def _json(text: str | None, path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(text or "")
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"Expected the config of a bank in the header of '{path}', found {error}.") from error
+    if not isinstance(fields, dict):
+        raise FileFormatError(f"Expected a JSON object as config in the header of '{path}', found {fields!r:.80}.")
+    return fields
+
+
+def _names_of_version_1(folder: Folder, metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """A bank of version 1 had its names in a file of their own."""
+    name = metadata.get(_NAMES_KEY, "")
+    if not _NAMES_FILE.fullmatch(name):
+        raise FileFormatError(
+            f"Expected the names of a bank of version 1 in a file {NAMES_PATTERN}, found {name[:80]!r}. Fetch the bank "
+            "again."
+        )
+    return map_tensors(folder.path / name).tensors
 
 
 @contextmanager
@@ -191,43 +223,3 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _write_stream(
-    path: Path,
-    parts: Mapping[str, tuple[tuple[int, ...], Iterable[Tensor]]],
-    shared: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """A safetensors file, written from front to back: shared tensors, which may have any alignment, come first."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(shared.items())}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    at = 0
-    for name, tensor in ready.items():
-        header[name] = _entry(_DTYPES[str(tensor.dtype)], tuple(tensor.shape), at, at := at + tensor.nbytes)
-    for name, (shape, _) in parts.items():
-        size = 1
-        for length in shape:
-            size *= length
-        header[name] = _entry("U8", shape, at, at := at + size)
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in ready.values():
-            stream.write(tensor.flatten().view(_BYTES).numpy().tobytes())
-        for _, blocks in parts.values():
-            for block in blocks:
-                stream.write(block.contiguous().numpy().tobytes())
-
-
-def _entry(dtype: str, shape: tuple[int, ...], start: int, end: int) -> dict[str, Any]:
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
-
-
-def in_blocks(tensor: Tensor, rows: Tensor | None) -> Iterator[Tensor]:
-    """Rows of a tensor a few megabytes at a time; None: all of them."""
-    count = len(tensor) if rows is None else len(rows)
-    step = max(1, _BLOCK // max(1, tensor[:1].nbytes))
-    for start in range(0, count, step):
-        yield tensor[start : start + step] if rows is None else tensor.index_select(0, rows[start : start + step])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,16 +11,22 @@ from itertools import chain, islice, pairwise
 from typing import Any
 
 import numpy as np
+import transformers
 from numpy.typing import NDArray
-from torch import Tensor
+from peft import get_peft_model
+from torch import Tensor, nn
 
+from ..core.adapter_folder import ADAPTER_FILE
 from ..core.hub import CONFIG_FILE, Folder, HubOptions, find_folder
-from ..errors import FileFormatError
+from ..errors import ConfigError, FileFormatError, PeftXMaskError
+from ..tuners.base.model_card import AUTO_CLASSES
+from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.spec import MaskSpec
 from .bank import ProfileBank
+from .config import fields_of
 from .names import BASE, MAX_BYTES, NameIndex, hash_of
 from .similar import differing_bits
-from .storage import FILENAMES, in_blocks, names_file
+from .storage import FILENAMES, VERSION, StoredBank, in_blocks, open_bank
 
 SHOWN = 20
 """Problems that are described; all of them are counted."""
@@ -59,42 +67,100 @@ class Verification:
     problems: tuple[Problem, ...]
 
 
-def verify_bank(where: str | os.PathLike[str]) -> Verification:
-    """Check a bank's files as docs/bank-format.md says: all masks, gains and names, and that they belong together.
+def verify_bank(
+    where: str | os.PathLike[str], *, deep: bool = False, base: str | os.PathLike[str] | nn.Module | None = None
+) -> Verification:
+    """Check a bank's files as docs/bank-format.md says: checksums, masks, gains, offsets, names and the shared head.
 
     Args:
         where: folder or Hub repository of a bank.
+        deep: load the pool and the base too, and compare their fingerprints with those in the bank.
+        base: to compare with, a model or where one is found; None: the one that the bank's config names.
 
     Raises:
         ConfigError: there is no such thing.
     """
     folder = find_folder(where, FILENAMES, HubOptions())
     try:
+        stored = open_bank(folder)
         bank = ProfileBank.from_pretrained(folder.path)
     except FileFormatError as error:
         return Verification(None, 1, (Problem(str(error)),))
-    problems = chain(folder_problems(folder, bank), bank_problems(bank))
+    checks = [folder_problems(folder, stored), bank_problems(bank)]
+    if deep:
+        checks.append(belonging_problems(bank, base))
+    problems = chain.from_iterable(checks)
     first = tuple(islice(problems, SHOWN))
     return Verification(len(bank), len(first) + sum(1 for _ in problems), first)
 
 
-def folder_problems(folder: Folder, bank: ProfileBank) -> Iterator[Problem]:
-    """What does not belong together, though each file opens."""
-    said = folder.read_json(CONFIG_FILE).get("num_profiles")
-    if said != len(bank):
+def folder_problems(folder: Folder, stored: StoredBank) -> Iterator[Problem]:
+    """Bytes that changed since they were written, and files that do not belong together."""
+    if stored.data_digest is not None and (found := stored.file.data_sha256()) != stored.data_digest:
         yield Problem(
-            f"Expected num_profiles={len(bank)} in {CONFIG_FILE}, as there are masks, found {said!r}. Save it again."
+            f"Expected tensors of SHA-256 {stored.data_digest} in {ADAPTER_FILE}, found {found}. Bytes changed since "
+            "the bank was written; fetch it again, or restore it from a copy."
         )
-    expected = names_file(bank.name_index())
-    if list(folder.path.glob("profiles-*.safetensors")) and not (folder.path / expected).is_file():
-        yield Problem(f"Expected the names in {expected}, as their digest says, found no such file. Save it again.")
+    try:
+        beside = folder.read_json(CONFIG_FILE)
+    except FileFormatError as error:
+        yield Problem(f"{error} PEFT cannot load the folder.")
+        return
+    if stored.version == VERSION:
+        expected = json.loads(json.dumps(fields_of(stored.config)))
+        wrong = sorted(name for name in expected if beside.get(name) != expected[name])
+    else:
+        expected, wrong = {"num_profiles": len(stored.content.bits)}, []
+        if beside.get("num_profiles") != len(stored.content.bits):
+            wrong = ["num_profiles"]
+    for name in wrong:
+        yield Problem(
+            f"Expected {name}={expected[name]!r} in {CONFIG_FILE}, as the bank says, found {beside.get(name)!r}. PEFT "
+            "reads that file; save the bank again."
+        )
+
+
+def belonging_problems(bank: ProfileBank, base: str | os.PathLike[str] | nn.Module | None) -> Iterator[Problem]:
+    """Another pool or base than the profiles were trained on. Both are loaded."""
+    config = copy.copy(bank.config)
+    config.num_profiles, config.inference_mode = 1, True
+    try:
+        pool = config.resolve_pool()
+        if pool.fingerprint != config.pool_fingerprint:
+            yield Problem(
+                f"Expected a pool with fingerprint {config.pool_fingerprint}, found {pool!r} with {pool.fingerprint}."
+            )
+            return
+        model = base if isinstance(base, nn.Module) else _load_base(config, base)
+        get_peft_model(model, config).unload()  # type: ignore[operator]
+    except (PeftXMaskError, OSError, ValueError) as error:
+        yield Problem(str(error))
+
+
+def _load_base(config: XPEFTConfig, where: str | os.PathLike[str] | None) -> nn.Module:
+    name = where or config.base_model_name_or_path
+    if not name:
+        raise ConfigError("The bank does not name its base. Say which model it is: base=..., or --base.")
+    loader = getattr(
+        transformers, AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
+    )
+    found: nn.Module = loader.from_pretrained(os.fspath(name))
+    return found
 
 
 def bank_problems(bank: ProfileBank) -> Iterator[Problem]:
-    """What is wrong with the masks, gains and names of a bank."""
+    """What is wrong with the rows and names of a bank, and with the head that all share."""
+    for name, tensor in bank.shared.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            yield Problem(f"Expected finite numbers in the shared tensor '{name}', found NaN or infinity.")
     content = bank.content()
     assert content.names is not None
-    rows = (mask_problems(bank.spec, content.bits), gain_problems(content.gain_bits), name_problems(content.names))
+    rows = (
+        mask_problems(bank.spec, content.bits),
+        number_problems("gain at site", content.gain_bits),
+        number_problems("offset of output", content.offset_bits),
+        name_problems(content.names),
+    )
     for row, text in chain.from_iterable(rows):
         yield Problem(text, row, None if row is None else _readable(content.names, row))
 
@@ -120,14 +186,14 @@ def mask_problems(spec: MaskSpec, bits: Tensor) -> Iterator[tuple[int | None, st
         row += len(block)
 
 
-def gain_problems(gain_bits: Tensor | None) -> Iterator[tuple[int | None, str]]:
-    """Rows with gains that are not numbers. Shapes: ``gain_bits [P, S, 2]``."""
+def number_problems(what: str, halves: Tensor | None) -> Iterator[tuple[int | None, str]]:
+    """Rows of half-precision numbers, bytes ``[P, ...]``, that are not all finite."""
     row = 0
-    for block in () if gain_bits is None else in_blocks(gain_bits, None):
-        wrong = np.asarray(_infinite(np.ascontiguousarray(block.numpy())).any(-1))
+    for block in () if halves is None else in_blocks(halves, None):
+        wrong = _infinite(np.ascontiguousarray(block.flatten(1).numpy()))
         for where in np.flatnonzero(wrong.any(-1)).tolist():
-            site = int(np.flatnonzero(wrong[where])[0])
-            yield row + where, f"expected a finite gain at site {site}, found NaN or infinity"
+            place = int(np.flatnonzero(wrong[where])[0])
+            yield row + where, f"expected a finite {what} {place}, found NaN or infinity"
         row += len(block)
 
 

@@ -294,8 +294,9 @@ def _print_difference(found: Difference) -> None:
             output.print(f"{sign} {_shown(name)}", markup=False, soft_wrap=True)
         _print_more(len(names), "removed" if sign == "-" else "added")
     for change in found.changed[:SHOWN]:
-        gains = f", {change.gains} gains" if change.gains else ""
-        output.print(f"~ {_shown(change.name)}: {change.bits:,} bits{gains}", markup=False, soft_wrap=True)
+        numbers = (("gains", change.gains), ("offsets", change.offsets))
+        more = "".join(f", {count} {what}" for what, count in numbers if count)
+        output.print(f"~ {_shown(change.name)}: {change.bits:,} bits{more}", markup=False, soft_wrap=True)
     _print_more(len(found.changed), "changed")
     output.print(
         f"{len(found.added):,} added, {len(found.removed):,} removed, {len(found.changed):,} changed, "

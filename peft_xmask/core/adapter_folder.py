@@ -13,6 +13,8 @@ from .files import read_tensors
 
 ADAPTER_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+NAMES_PREFIX = "profile_names."
+"""Of tensors in the file of a bank that hold the names of its profiles."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class ProfileSize:
     """Bytes of one saved adapter.
 
     Attributes:
-        payload_bytes: tensors of the method itself: for X-PEFT the masks and gains.
+        payload_bytes: tensors of the method itself: for X-PEFT the masks and gains, without a bank's names.
         head_bytes: tensors of modules that are trained and saved whole, such as a classification head.
         file_bytes: the tensor file: payload, head and its header.
         folder_bytes: all files of the folder (config and model card too).
@@ -73,7 +75,7 @@ def folder_size(folder: Path, pool_bytes: int = 0) -> ProfileSize:
     saved_whole = config.get("modules_to_save") or ()
     head = sum(tensor.nbytes for key, tensor in tensors.items() if is_head_key(key, saved_whole))
     return ProfileSize(
-        payload_bytes=sum(tensor.nbytes for tensor in tensors.values()) - head,
+        payload_bytes=sum(tensor.nbytes for key, tensor in tensors.items() if not key.startswith(NAMES_PREFIX)) - head,
         head_bytes=head,
         file_bytes=(folder / ADAPTER_FILE).stat().st_size,
         folder_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),

@@ -2,37 +2,77 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import ConfigError, FileFormatError
+from .tensor_file import map_tensors
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers of killed writers stay there
+    fcntl = None  # type: ignore[assignment]
+
+_SUFFIX = ".tmp"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call ``write`` with a temporary path beside ``path``, flush it to disk, then rename it over ``path``."""
+    """Call ``write`` with a temporary path, flush what it wrote to disk, then rename it over ``path``.
+
+    The temporary path lies in a folder beside ``path``. Folders of the same kind that killed writers left are removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    beside = Path(name)
-    try:
+    with _working_folder(path.parent, path.name) as working:
+        beside = working / path.name
         write(beside)
-        with beside.open("rb") as stream:
-            os.fsync(stream.fileno())
-        mode = 0o666 & ~_umask()
-        beside.chmod(mode)
+        _finish(beside)
         beside.replace(path)
+    _sync_folder(path.parent)
+
+
+@contextmanager
+def write_folder(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
+    """A temporary folder to write into; its files are moved into ``folder`` when the block ends without an error.
+
+    Nothing in ``folder`` changes before that. Then each file is renamed into its place, so that a reader finds the old
+    file or the new one, whole. Files of ``folder`` that were not written stay. What killed writers left is removed.
+
+    Args:
+        folder: made if it does not exist.
+        last: names of files that are moved after all others, in this order.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _working_folder(folder, "saving") as working:
+            yield working
+            written = [path for path in working.rglob("*") if path.is_file()]
+            written.sort(key=lambda path: last.index(path.name) if path.name in last else -1)
+            for path in written:
+                _finish(path)
+            for path in written:
+                place = folder / path.relative_to(working)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(place)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
         raise
+    for parent in {(folder / path.relative_to(working)).parent for path in written}:
+        _sync_folder(parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -57,17 +97,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         FileFormatError: missing, truncated, oversized or otherwise not a safetensors file.
     """
-    if not path.is_file():
-        raise FileFormatError(f"Expected a safetensors file at '{path}', found none. Check the path.")
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as opened:
-            metadata = dict(opened.metadata() or {})
-        return load_file(str(path), device="cpu"), metadata
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
-        raise FileFormatError(
-            f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file: {error}. "
-            "It may be truncated or damaged; fetch or write it again."
-        ) from error
+    found = map_tensors(path)
+    return {name: tensor.clone() for name, tensor in found.tensors.items()}, found.metadata
 
 
 def sha256_of_file(path: Path) -> str:
@@ -103,6 +134,63 @@ def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> N
 
 def _write_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _working_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new hidden folder, removed at the end. It is locked while its writer lives, so leftovers can be told apart."""
+    _remove_leftovers(parent, name)
+    folder, lock = _locked_folder(parent, name)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked_folder(parent: Path, name: str) -> tuple[Path, int | None]:
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=f".{name}.", suffix=_SUFFIX))
+        if fcntl is None:
+            return folder, None
+        with suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():  # else another writer took it for a leftover before it was locked
+                return folder, lock
+            os.close(lock)
+
+
+def _remove_leftovers(parent: Path, name: str) -> None:
+    """Remove the working folders of killed writers: those that nobody has locked."""
+    if fcntl is None:
+        return
+    for leftover in parent.glob(f".{glob.escape(name)}.*{_SUFFIX}"):
+        with suppress(OSError):
+            lock = os.open(leftover, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _finish(path: Path) -> None:
+    """Flush a file to disk and give it the permissions of a new file."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+    path.chmod(0o666 & ~_umask())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, where the system can."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from bank_files import MODEL, rewrite
 from peft import get_peft_model
-from safetensors.torch import load_file, safe_open, save_file
 
 from peft_xmask import Profile, ProfileBank, XPEFTConfig
-
-MODEL = "adapter_model.safetensors"
+from peft_xmask.bank.storage import BITS
 
 
 @pytest.fixture
@@ -44,11 +43,7 @@ def bank(adapter, tmp_path) -> Path:
 
 
 def break_a_mask(folder: Path) -> None:
-    with safe_open(str(folder / MODEL), framework="pt") as opened:
-        metadata = dict(opened.metadata())
-    tensors = load_file(folder / MODEL)
-    tensors["base_model.model.mask_table.xpeft_bits.weight"][2, 1, 0, 0] ^= 1
-    save_file(tensors, folder / MODEL, metadata=metadata)
+    rewrite(folder, lambda tensors: tensors[BITS][2, 1, 0, 0].bitwise_xor_(1))
 
 
 PROCESSES = """
@@ -136,8 +131,8 @@ def test_differences_as_json(bank, cli, tmp_path):
     done = cli("bank", "diff", bank, tmp_path / "edited", "--json")
     assert done.status == 1
     assert json.loads(done.out) == {
-        "added": ["new"], "removed": [], "changed": [{"name": "bob", "bits": 20, "gains": 0}], "unchanged": 4,
-        "settings": {}, "same_head": True,
+        "added": ["new"], "removed": [], "changed": [{"name": "bob", "bits": 20, "gains": 0, "offsets": 0}],
+        "unchanged": 4, "settings": {}, "same_head": True,
     }  # fmt: skip
     assert "~ bob: 20 bits" in cli("bank", "diff", bank, tmp_path / "edited").out
 

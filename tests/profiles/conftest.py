@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from bank_files import NAMES
 from peft import PeftModel, get_peft_model
 
 from peft_xmask import XPEFTConfig
 from peft_xmask.profiles import ProfileBank
-
-NAMES = ["ann", "bob", "Zoë", "ann.b", "张伟"]
 
 
 @pytest.fixture

@@ -105,7 +105,7 @@ def test_edits_are_served_and_do_not_reach_models_served_before(saved, expected,
 def test_a_million_rows_are_served_from_where_they_lie(saved, tiny_bert, tiny_batch, tmp_path):
     """Attaching copies nothing: the model's bytes are the bank's."""
     served = saved.attach(tiny_bert())
-    assert served.base_model.table.xpeft_bits["bank"].weight.data_ptr() == saved._bits.data_ptr()
+    assert served.base_model.table.xpeft_bits["bank"].weight.data_ptr() == saved.content().bits.data_ptr()
     del served
     gc.collect()
 

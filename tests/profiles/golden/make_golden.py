@@ -1,6 +1,6 @@
-"""Writes the golden bank of version 1 beside this file: ``python make_golden.py``.
+"""Writes a golden bank beside this file: ``python make_golden.py`` wrote ``bank`` (version 1) and ``bank-2``.
 
-Do not write it again. It is there so that every later version opens banks of this one.
+Never write an old one again: they are there so that every later version opens them.
 """
 
 import tempfile
@@ -27,11 +27,9 @@ def golden_bank() -> ProfileBank:
 
 
 if __name__ == "__main__":
-    here = Path(__file__).parent
-    bank = golden_bank()
+    here = Path(__file__).parent / "bank-2"
+    here.mkdir()
     with tempfile.TemporaryDirectory() as temporary:
-        bank.save_pretrained(temporary)
-        (here / "bank").mkdir(exist_ok=True)
-        for pattern in ("*.safetensors", "adapter_config.json"):
-            for path in Path(temporary).glob(pattern):
-                (here / "bank" / path.name).write_bytes(path.read_bytes())
+        golden_bank().save_pretrained(temporary)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (here / name).write_bytes((Path(temporary) / name).read_bytes())
