@@ -121,7 +121,7 @@ class TextClassifier:
         write_text(folder / LABELS_FILE, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
 
     @property
-    def trained_numbers(self) -> int:
+    def trainable_parameters(self) -> int:
         """How many numbers training changes, the head's included."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 

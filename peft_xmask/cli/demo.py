@@ -32,11 +32,11 @@ NAMES = {"head": "head only", "lora": "LoRA r=8", "bottleneck": "bottleneck b=48
 
 @dataclass(frozen=True)
 class Row:
-    """One trained method: test accuracy, trained numbers, bytes, seconds to load one more profile."""
+    """One trained method: test accuracy, trainable parameters, bytes, seconds to load one more profile."""
 
     method: str
     accuracy: float
-    trained_numbers: int
+    trainable_parameters: int
     size: ProfileSize
     load_seconds: float
 
@@ -112,7 +112,7 @@ def _train(method: str, base: Path, corpus: Corpus, folder: Path, *, steps: int,
         head_learning_rate=HEAD_LEARNING_RATE,
         seed=seed,
     )
-    trained_numbers = classifier.trained_numbers
+    trainable_parameters = classifier.trainable_parameters
     with progress_bar(f"training {NAMES[method]}", steps) as step:
         classifier.train(corpus.train, settings, progress=step)
     with progress_bar(f"testing {NAMES[method]}", len(corpus.test)) as step:
@@ -121,7 +121,7 @@ def _train(method: str, base: Path, corpus: Corpus, folder: Path, *, steps: int,
     started = time.perf_counter()
     classifier.model.load_adapter(str(folder), "another")
     load_seconds = time.perf_counter() - started
-    row = Row(NAMES[method], scores.accuracy, trained_numbers, profile_size(folder), load_seconds)
+    row = Row(NAMES[method], scores.accuracy, trainable_parameters, profile_size(folder), load_seconds)
     return row, scores.predictions
 
 
@@ -172,7 +172,7 @@ def _print_rows(rows: list[Row]) -> None:
         table.add_row(
             row.method,
             f"{row.accuracy:.3f}",
-            f"{row.trained_numbers:,}",
+            f"{row.trainable_parameters:,}",
             f"{row.size.payload_bytes:,}",
             f"{row.size.head_bytes:,}",
             f"{row.size.file_bytes:,}",

@@ -54,7 +54,7 @@ def card_facts(card: Card) -> dict[str, str]:
         "method": card.method,
         "source": card.source,
         **card.properties(),
-        "trained numbers": str(card.trained),
+        "trainable parameters": str(card.trainable),
         "bytes stored": str(card.stored),
         **{name: card.text(field) for name, field in _ABILITIES.items()},
         **({"needs": card.needs} if card.needs else {}),
@@ -63,7 +63,7 @@ def card_facts(card: Card) -> dict[str, str]:
 
 _ABILITIES = {
     "merges": "merges",
-    "mixed batches": "mixes",
+    "mixed batches": "supports_mixed_batch",
     "several adapters": "several",
     "several active": "adds_up",
 }
@@ -206,15 +206,15 @@ def _text(value: Any) -> Any:
 
 def _print_table(chosen: tuple[Card, ...]) -> None:
     table = Table(box=None, pad_edge=False)
-    for title in ("method", "insertion", "integration", "merges", "mixes"):
+    for title in ("method", "insertion", "integration", "merges", "supports_mixed_batch"):
         table.add_column(title, no_wrap=True)
     for card in chosen:
-        facts = [card.text(name) for name in ("insertion_form", "integration_form", "merges", "mixes")]
+        facts = [card.text(name) for name in ("insertion_form", "integration_form", "merges", "supports_mixed_batch")]
         table.add_row(card.method, *facts)
     output.print(table)
 
 
-_SIZES = ("trained numbers", "bytes stored", "bytes of file", "FLOPs per token", "peak bytes of a step")
+_SIZES = ("trainable parameters", "bytes stored", "bytes of file", "FLOPs per token", "peak bytes of a step")
 _TIMES = ("inference time, x base", "training step, x base", "load, ms", "switch, ms")
 
 

@@ -199,7 +199,7 @@ def _print_trained(
     print_facts(
         {
             "trained on": f"{examples:,} examples, {len(classifier.label_names)} labels",
-            "trained numbers": f"{classifier.trained_numbers:,}",
+            "trainable parameters": f"{classifier.trainable_parameters:,}",
             "training loss": f"{loss:.4f} nats (mean over the run)",
             **({} if scores is None else _score_facts(scores)),
             "payload": bytes_text(size.payload_bytes),

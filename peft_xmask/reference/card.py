@@ -1,4 +1,4 @@
-"""A card: what a method is, in PEFT-Ref's words, and where each statement comes from."""
+"""A card describes one method in PEFT-Ref's vocabulary and gives the reason for each statement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from ..errors import ConfigError
-from .formula import Formula, times
+from .formula import Formula
 from .vocabulary import (
     PROPERTIES,
     InputType,
@@ -29,37 +29,37 @@ from .vocabulary import (
 
 
 def same_name(name: str) -> str:
-    """Sites of one group have modules of one name: ``layers.0.self_attn.q_proj`` and ``layers.1.self_attn.q_proj``."""
+    """Group sites by the last part of their name: ``layers.0.attn.q_proj`` and ``layers.1.attn.q_proj`` share one."""
     return name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class Card:
-    """The structure of a method, with its defaults.
+    """The structure of a method with its default settings.
 
-    PEFT-Ref names the properties; none of the values is quoted from its table: each is ours, given by the rule of the
-    value (:attr:`peft_xmask.reference.vocabulary.Word.rule`), or for the reason in ``reasons``.
+    The properties are PEFT-Ref's. The values are our own classification: each follows the rule in
+    :attr:`peft_xmask.reference.vocabulary.Word.rule`, or the reason in ``reasons``.
 
     Attributes:
         method: the PEFT type, as in ``config.peft_type``.
-        title: what people call it.
-        source: paper.
-        intra_connectivity: to ``workspace``: the properties, see :mod:`peft_xmask.reference.vocabulary`. The workspace
-            is where PEFT puts the method by default in a decoder of Llama's shape.
-        trained: how many numbers are trained.
+        title: the method's usual name.
+        source: its paper.
+        intra_connectivity: this field to ``workspace`` are the properties of :mod:`peft_xmask.reference.vocabulary`.
+            The workspace is where PEFT inserts the method by default in a Llama-shaped decoder.
+        trainable: number of trainable parameters.
         stored: bytes of the saved tensors, for float32.
-        merges: whether PEFT merges it into the base weights exactly.
-        mixes: whether one batch can use several adapters of it, by ``adapter_names``.
-        several: whether one model can hold several adapters of it.
+        merges: whether PEFT can merge it into the base weights exactly.
+        supports_mixed_batch: whether rows of one batch can use different adapters, through ``adapter_names``.
+        several: whether one model can hold several adapters of this method.
         adds_up: whether several adapters can be active at once.
-        scale: config field that is the constant of a scaled addition.
-        gate: part of the name of the trained scalar of a gated addition.
-        group_of: which sites share what the formulas count per group.
-        symbols: further symbols of the formulas, from the config and the sizes that are known already.
-        site_symbols: further symbols of a site, from its name and the config.
-        reasons: by property, why we gave the value where its rule is not the whole story.
+        scale: the config field with the constant of a scaled addition.
+        gate: part of the parameter name of the scalar in a gated addition.
+        group_of: maps a site's name to the group that the formulas count once.
+        symbols: more symbols for the formulas, from the config and the sizes known so far.
+        site_symbols: more symbols for a site, from the config and the site's name.
+        reasons: by property, an explanation where the rule alone does not justify the value.
         unchecked: by property, why no test can check the value.
-        needs: what a config must have besides PEFT's defaults.
+        needs: fields that a config needs besides PEFT's defaults.
     """
 
     method: str
@@ -74,10 +74,10 @@ class Card:
     insertions: Insertions
     integration_form: IntegrationForm
     workspace: frozenset[Workspace]
-    trained: Formula
+    trainable: Formula
     stored: Formula
     merges: bool = True
-    mixes: bool = False
+    supports_mixed_batch: bool = False
     several: bool = True
     adds_up: bool = True
     scale: str | None = None
@@ -92,21 +92,25 @@ class Card:
     def __post_init__(self) -> None:
         for name in ("reasons", "unchecked"):
             given = getattr(self, name)
-            unknown = set(given) - set(PROPERTIES) - {"trained", "stored", "merges", "mixes", "several", "adds_up"}
+            unknown = (
+                set(given)
+                - set(PROPERTIES)
+                - {"trainable", "stored", "merges", "supports_mixed_batch", "several", "adds_up"}
+            )
             if unknown:
-                raise ConfigError(f"{name} of the card of {self.method} speaks of {sorted(unknown)}, which it has not.")
+                raise ConfigError(f"`{name}` of the {self.method} card has unknown properties: {sorted(unknown)}.")
             object.__setattr__(self, name, MappingProxyType(dict(given)))
         object.__setattr__(self, "workspace", frozenset(self.workspace))
 
     def reason(self, name: str) -> str:
-        """Why a property has its value."""
+        """Why the property has its value."""
         if name in self.reasons:
             return self.reasons[name]
         value = getattr(self, name)
         return "; ".join(word.rule for word in sorted(value)) if name == "workspace" else str(value.rule)
 
     def text(self, name: str) -> str:
-        """A property's value in words."""
+        """A property's value as text."""
         value = getattr(self, name)
         if name == "workspace":
             order = list(Workspace)
@@ -116,11 +120,11 @@ class Card:
         return str(value)
 
     def properties(self) -> dict[str, str]:
-        """PEFT-Ref's names and this method's values."""
+        """This method's values by PEFT-Ref property name."""
         return {title: self.text(name) for name, title in PROPERTIES.items()}
 
     def words(self) -> dict[str, Word]:
-        """The properties that have one value each."""
+        """The single-valued properties: all but the workspace."""
         return {name: getattr(self, name) for name in PROPERTIES if name != "workspace"}
 
 
@@ -128,23 +132,23 @@ _CARDS: dict[str, Card] = {}
 
 
 def register_card(card: Card) -> Card:
-    """Add a method's card, for instance one of your own PEFT method.
+    """Add a card, for example for your own PEFT method.
 
     Raises:
-        ConfigError: the method has another card already.
+        ConfigError: the method already has a different card.
     """
     if _CARDS.setdefault(card.method, card) is not card:
-        raise ConfigError(f"There is a card of {card.method} already. Register a method once.")
+        raise ConfigError(f"{card.method} already has a card. Register each method once.")
     return card
 
 
 def add_card(method: str, title: str, source: str, like: Mapping[str, Any], **fields: Any) -> Card:
-    """Register a card whose fields are those of ``like``, but for the ones given."""
+    """Register a card with the fields of ``like``, overridden by ``fields``."""
     return register_card(Card(method=method, title=title, source=source, **{**like, **fields}))
 
 
 def cards() -> tuple[Card, ...]:
-    """All cards, by method."""
+    """All cards, sorted by method."""
     return tuple(_CARDS[name] for name in sorted(_CARDS))
 
 
@@ -152,21 +156,21 @@ def card_for(method: PeftConfig | type[PeftConfig] | str) -> Card:
     """The card of a config, a config class or a PEFT type's name.
 
     Raises:
-        ConfigError: no such method, or one without a card.
+        ConfigError: the method is unknown or has no card.
     """
     name = _method_name(method)
     if name in _CARDS:
         return _CARDS[name]
     if name in [str(kind.value) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]:
         raise ConfigError(
-            f"The PEFT method {name} has no card. Describe it with peft_xmask.reference.register_card(Card(...))."
+            f"The PEFT method {name} has no card. Add one with peft_xmask.reference.register_card(Card(...))."
         )
-    raise ConfigError(f"There is no PEFT method {name!r}. Methods with a card: {', '.join(sorted(_CARDS))}.")
+    raise ConfigError(f"Unknown PEFT method {name!r}. Methods with a card: {', '.join(sorted(_CARDS))}.")
 
 
 def in_float32(formula: Formula) -> Formula:
-    """Bytes of as many float32 numbers."""
-    return times(4, formula)
+    """Bytes of that many float32 values."""
+    return 4 * formula
 
 
 def _method_name(method: PeftConfig | type[PeftConfig] | str) -> str:
@@ -179,5 +183,5 @@ def _method_name(method: PeftConfig | type[PeftConfig] | str) -> str:
         return method.__name__
     named: Any = getattr(method, "peft_type", None)
     if named is None:
-        raise ConfigError(f"Expected a PEFT config, its class or a method's name, found {method!r}.")
+        raise ConfigError(f"Expected a PEFT config, a config class or a method name, found {method!r}.")
     return str(getattr(named, "value", named))

@@ -17,7 +17,7 @@ from ..core.adapter_folder import ADAPTER_FILE
 from ..errors import ConfigError
 from .card import card_for
 from .comparison import Comparison, Row
-from .count import stored_bytes, trained_numbers
+from .count import stored_bytes, trainable_parameters
 from .measure import Spread, flops, forward_pass, peak_bytes, seconds, training_step
 from .vocabulary import InsertionForm
 
@@ -45,9 +45,9 @@ def compare(
 ) -> Comparison:
     """Measure methods on one base in one run.
 
-    Trained numbers, bytes of the saved tensors and of the file, FLOPs per token of a forward pass, and the time of a
-    forward pass and of a training step as ratios to the base's own, which trains all its parameters. Times are taken in
-    turns, a round over all methods after another, and given as median and range over the rounds.
+    The result lists trainable parameters, bytes of the saved tensors and of the file, FLOPs per token of a forward
+    pass, and the time of a forward pass and of a training step as ratios to the base's own. The base trains all its
+    parameters. Methods take turns within each round of timing; times are the median and range over the rounds.
 
     Args:
         base: a model of transformers. It is copied, never changed.
@@ -96,7 +96,7 @@ def _names(candidate: Candidate) -> tuple[str, str]:
 
 def _base_runner(base: nn.Module, batch: Mapping[str, Tensor]) -> _Runner:
     model = copy.deepcopy(base).requires_grad_(True)
-    row = Row(name="base", method="", trained_numbers=sum(parameter.numel() for parameter in model.parameters()))
+    row = Row(name="base", method="", trainable_parameters=sum(parameter.numel() for parameter in model.parameters()))
     return _runner(row, model, batch)
 
 
@@ -114,7 +114,7 @@ def _adapter_runner(base: nn.Module, candidate: Candidate, batch: Mapping[str, T
         row = replace(
             row,
             method=card_for(config).method,
-            trained_numbers=trained_numbers(model),
+            trainable_parameters=trainable_parameters(model),
             stored_bytes=stored_bytes(Path(folder), saved_whole),
             file_bytes=(Path(folder) / ADAPTER_FILE).stat().st_size,
             load_seconds=_load_seconds(base, config, folder),

@@ -20,7 +20,7 @@ class Row:
         name: of the row.
         method: PEFT type; empty for the base.
         error: why it could not be placed on the base; then nothing else is known.
-        trained_numbers: that a training step moves; of the base, all its parameters.
+        trainable_parameters: that a training step moves; of the base, all its parameters.
         stored_bytes: of the saved tensors, heads apart.
         file_bytes: of the adapter's file.
         flops_per_token: of a forward pass.
@@ -34,7 +34,7 @@ class Row:
     name: str
     method: str
     error: str | None = None
-    trained_numbers: int | None = None
+    trainable_parameters: int | None = None
     stored_bytes: int | None = None
     file_bytes: int | None = None
     flops_per_token: float | None = None
@@ -51,7 +51,7 @@ def _milliseconds(value: float | None) -> float | None:
 
 _COLUMNS: tuple[tuple[str, str, Callable[[Row], Any]], ...] = (
     ("name", "method", lambda row: row.name),
-    ("trained_numbers", "trained numbers", lambda row: row.trained_numbers),
+    ("trainable_parameters", "trainable parameters", lambda row: row.trainable_parameters),
     ("stored_bytes", "bytes stored", lambda row: row.stored_bytes),
     ("file_bytes", "bytes of file", lambda row: row.file_bytes),
     ("flops_per_token", "FLOPs per token", lambda row: row.flops_per_token and round(row.flops_per_token)),

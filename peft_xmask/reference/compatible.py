@@ -1,4 +1,4 @@
-"""What two adapters can do together, and if not, the property that forbids it."""
+"""Which combinations of two adapters work, and the property that rules out the others."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .card import Card, card_for
 
 @dataclass(frozen=True)
 class Verdict:
-    """Yes or no, and why.
+    """Whether a combination works, and why.
 
     Attributes:
-        allowed: whether it can be done.
-        reason: how, or what forbids it.
+        allowed: whether it works.
+        reason: how to do it, or what rules it out.
     """
 
     allowed: bool
@@ -33,14 +33,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Compatibility:
-    """What two adapters can do together.
+    """Which combinations of two adapters work.
 
     Attributes:
-        held: one model has both, and switches between them.
+        held: one model holds both and switches between them.
         parallel: both are active at once, and both take effect.
-        stacked: the second is put on a base into which the first has been merged.
+        stacked: the second is added to a base into which the first was merged.
         merged: both are merged into the base.
-        mixed: rows of one batch use the one or the other.
+        mixed: each row of one batch chooses between them.
     """
 
     held: Verdict
@@ -58,14 +58,14 @@ class Compatibility:
 
 
 def compatible(first: PeftConfig | str, second: PeftConfig | str) -> Compatibility:
-    """Whether two adapters may be held, run in parallel, stacked, merged, mixed in one batch; and why not.
+    """Say which combinations of two adapters work, and why the others do not.
 
     Args:
-        first: a config, or the name of a method, which stands for its default config.
-        second: likewise; for ``stacked``, the one on top.
+        first: a config, or a method's name for its default config.
+        second: the same; for ``stacked``, the adapter on top.
 
     Raises:
-        ConfigError: a method that is not known, or has no card.
+        ConfigError: a method is unknown or has no card.
     """
     one, two = card_for(first), card_for(second)
     held = _held(one, two, first, second)
@@ -82,13 +82,13 @@ def _held(one: Card, two: Card, first: Any, second: Any) -> Verdict:
     if one is not two:
         joinable = {str(kind.value) for kind in COMPATIBLE_TUNER_TYPES}
         if {one.method, two.method} <= joinable:
-            return Verdict(True, f"in a PeftMixedModel (mixed=True), which takes {', '.join(sorted(joinable))}")
-        return Verdict(False, f"a PeftModel holds adapters of one method, here {one.method} and {two.method}")
+            return Verdict(True, f"in a PeftMixedModel (mixed=True), which accepts {', '.join(sorted(joinable))}")
+        return Verdict(False, f"a PeftModel holds adapters of one method, but these are {one.method} and {two.method}")
     if not one.several:
-        return Verdict(False, f"a model holds one {one.method} adapter")
+        return Verdict(False, f"a model can hold only one {one.method} adapter")
     if all(getattr(config, "bias", "none") != "none" for config in (first, second)):
-        return Verdict(False, 'both train biases of the base (bias != "none"), and there is one set of them')
-    return Verdict(True, f"a PeftModel holds several {one.method} adapters: add_adapter, set_adapter")
+        return Verdict(False, 'both train the base\'s biases (bias != "none"), and the base has only one set')
+    return Verdict(True, f"use add_adapter and set_adapter: a PeftModel can hold several {one.method} adapters")
 
 
 def _parallel(one: Card, two: Card, held: Verdict) -> Verdict:
@@ -96,15 +96,17 @@ def _parallel(one: Card, two: Card, held: Verdict) -> Verdict:
         return held
     for card in (one, two):
         if not card.adds_up:
-            why = card.reasons.get("adds_up", f"integration form {card.integration_form}: one at a time")
+            why = card.reasons.get("adds_up", f"integration form {card.integration_form}: only one at a time")
             return Verdict(False, f"{card.method}: {why}")
-    how = "their outputs add up" if one.integration_form.value.endswith("addition") else "one after the other"
+    how = (
+        "their outputs add up" if one.integration_form.value.endswith("addition") else "they apply one after the other"
+    )
     return Verdict(True, f"set_adapter([...]) on the tuner: {how}")
 
 
 def _stacked(one: Card) -> Verdict:
     if one.merges:
-        return Verdict(True, "merge_and_unload() the first, then put the second on what it gives")
+        return Verdict(True, "merge_and_unload() the first, then add the second to the result")
     return Verdict(False, _no_merge(one))
 
 
@@ -114,7 +116,7 @@ def _merged(one: Card, two: Card, held: Verdict) -> Verdict:
             return Verdict(False, _no_merge(card))
     if held:
         return Verdict(True, "merge_adapter([...]) with both names")
-    return Verdict(True, "one after the other: merge_and_unload() the first, put on the second, and merge that")
+    return Verdict(True, "one at a time: merge_and_unload() the first, add the second, and merge it too")
 
 
 def _mixed(one: Card, two: Card, held: Verdict) -> Verdict:
@@ -122,16 +124,17 @@ def _mixed(one: Card, two: Card, held: Verdict) -> Verdict:
         return Verdict(False, "adapter_names works within one method")
     if not held:
         return held
-    if one.mixes:
-        return Verdict(True, "adapter_names=[...], a name for each row")
+    if one.supports_mixed_batch:
+        return Verdict(True, "adapter_names=[...], one name per row")
     return Verdict(
         False,
         one.reasons.get(
-            "mixes", f"{one.method} layers do not use adapter_names: no row would get the adapter it names"
+            "supports_mixed_batch",
+            f"{one.method} layers ignore adapter_names, so rows would not get the adapters they name",
         ),
     )
 
 
 def _no_merge(card: Card) -> str:
     why = card.reasons.get("merges", f"parameters adapted: {card.parameters_adapted}; {card.parameters_adapted.rule}")
-    return f"{card.method} does not merge ({why})"
+    return f"{card.method} cannot be merged ({why})"

@@ -1,4 +1,4 @@
-"""Filling in a card's formulas for a model, and counting what is really there."""
+"""Evaluate a card's formulas for a model, and count the model's real parameters and bytes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sites import AdaptedSite, adapted_sites, base_of, blocks_of, host_of
 def formula_values(
     card: Card, config: Any, base: nn.Module, sites: Sequence[AdaptedSite]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any]]:
-    """What the symbols of a card's formulas stand for: per site, per group of sites, and in common."""
+    """Values of the symbols in a card's formulas: per site, per group of sites, and for the whole model."""
     common = _common_values(config, base, sites)
     if card.symbols is not None:
         common |= card.symbols(config, common)
@@ -27,18 +27,18 @@ def formula_values(
     return per_site, list(groups.values()), common
 
 
-def expected_numbers(model: Any, adapter_name: str = "default") -> int:
-    """Trained numbers of an adapter by its card's formula."""
-    return _evaluated(model, adapter_name, "trained")
+def expected_parameters(model: Any, adapter_name: str = "default") -> int:
+    """Trainable parameters of an adapter according to its card's formula."""
+    return _evaluated(model, adapter_name, "trainable")
 
 
 def expected_bytes(model: Any, adapter_name: str = "default") -> int:
-    """Bytes of an adapter's saved tensors by its card's formula."""
+    """Bytes of an adapter's saved tensors according to its card's formula."""
     return _evaluated(model, adapter_name, "stored")
 
 
-def trained_numbers(model: nn.Module) -> int:
-    """Numbers that training would move now, modules saved whole apart, each shared tensor once."""
+def trainable_parameters(model: nn.Module) -> int:
+    """Count the trainable parameters, each shared tensor once, without ``modules_to_save``."""
     kept_whole = _saved_whole(model)
     return sum(
         parameter.numel()
@@ -48,7 +48,7 @@ def trained_numbers(model: nn.Module) -> int:
 
 
 def stored_bytes(folder: Path, saved_whole: Sequence[str] = ()) -> int:
-    """Bytes of the method's own tensors in an adapter folder."""
+    """Bytes of the method's own tensors in an adapter folder, without heads."""
     from ..core.files import read_tensors
 
     tensors, _ = read_tensors(folder / ADAPTER_FILE)
@@ -86,7 +86,7 @@ def _common_values(config: Any, base: nn.Module, sites: Sequence[AdaptedSite]) -
 
 
 def _block_values(base: nn.Module) -> Mapping[str, Any]:
-    """Numbers of a block, and of the norm behind the last one, without what adapters add."""
+    """Parameters of one block, of the final norm and of extra embeddings, without those that adapters add."""
     names = blocks_of(base)
     if not names:
         return {}
@@ -100,9 +100,9 @@ def _block_values(base: nn.Module) -> Mapping[str, Any]:
     ]
     norms = [module for name, module in parent.named_children() if "norm" in name or name == "ln_f"]
     return {
-        "block_numbers": own,
-        "other_embedding_numbers": sum(parameter.numel() for table in tables for parameter in table.parameters()),
-        "final_norm_numbers": sum(parameter.numel() for norm in norms for parameter in norm.parameters()),
+        "block_parameters": own,
+        "other_embedding_parameters": sum(parameter.numel() for table in tables for parameter in table.parameters()),
+        "final_norm_parameters": sum(parameter.numel() for norm in norms for parameter in norm.parameters()),
     }
 
 
@@ -112,6 +112,6 @@ def _site_values(card: Card, config: Any, site: AdaptedSite) -> dict[str, Any]:
         "d_out": site.d_out,
         "bias": site.bias,
         "names": site.names,
-        "numbers": site.numbers,
+        "parameters": site.parameters,
     }
     return values | dict(card.site_symbols(config, site.name) if card.site_symbols is not None else {})

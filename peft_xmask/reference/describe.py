@@ -1,4 +1,4 @@
-"""What the adapters of a model are."""
+"""Describe the adapters of a model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .card import Card, card_for
-from .count import expected_bytes, expected_numbers, stored_bytes, trained_numbers
+from .count import expected_bytes, expected_parameters, stored_bytes, trainable_parameters
 from .sites import adapted_sites, base_of, blocks_of
 from .tables import markdown_table
 from .vocabulary import PROPERTIES
@@ -24,15 +24,15 @@ class AdapterDescription:
     """One adapter of a model.
 
     Attributes:
-        name: in the model.
-        card: of its method.
-        active: whether it takes effect now.
-        sites: how many modules it touches, by the part of the model they are.
-        layers: how many blocks it touches, of how many.
-        formula_numbers: trained numbers by the card's formula.
-        trained_numbers: counted; None where training would not move the adapter now.
-        formula_bytes: bytes of the saved tensors by the card's formula, in float32.
-        stored_bytes: of the saved tensors, as PEFT saves them, heads apart; None for a mixed model, which it cannot.
+        name: the adapter's name in the model.
+        card: the card of its method.
+        active: whether the adapter is active.
+        sites: number of adapted modules by the part of the model they belong to.
+        layers: number of blocks it touches, and number of blocks in the model.
+        formula_parameters: trainable parameters according to the card's formula.
+        trainable_parameters: counted trainable parameters; None while the adapter is inactive or frozen.
+        formula_bytes: float32 bytes of the saved tensors according to the card's formula.
+        stored_bytes: bytes of the tensors that PEFT saves, without heads; None for a PeftMixedModel, which cannot save.
     """
 
     name: str
@@ -40,13 +40,13 @@ class AdapterDescription:
     active: bool
     sites: dict[str, int]
     layers: tuple[int, int]
-    formula_numbers: int
-    trained_numbers: int | None
+    formula_parameters: int
+    trainable_parameters: int | None
     formula_bytes: int
     stored_bytes: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """The facts by title."""
         return {
             "adapter": self.name,
             "method": self.card.method,
@@ -54,27 +54,27 @@ class AdapterDescription:
             **{title: self.card.text(name) for name, title in PROPERTIES.items() if name != "workspace"},
             "workspace": ", ".join(f"{count}x {part}" for part, count in self.sites.items()) or "none: a prompt",
             "blocks touched": f"{self.layers[0]} of {self.layers[1]}",
-            "trained numbers": self.trained_numbers,
-            "by formula": f"{self.formula_numbers} = {self.card.trained}",
+            "trainable parameters": self.trainable_parameters,
+            "by formula": f"{self.formula_parameters} = {self.card.trainable}",
             "bytes stored": self.stored_bytes,
             "bytes by formula": f"{self.formula_bytes} = {self.card.stored}",
             "merges": self.card.text("merges"),
-            "mixed batches": self.card.text("mixes"),
+            "mixed batches": self.card.text("supports_mixed_batch"),
         }
 
 
 @dataclass(frozen=True)
 class Description:
-    """The adapters of a model, in its order."""
+    """The adapters of a model, in the model's order."""
 
     adapters: tuple[AdapterDescription, ...]
 
     def to_dict(self) -> list[dict[str, Any]]:
-        """Plain data, an adapter each."""
+        """One dict per adapter."""
         return [adapter.to_dict() for adapter in self.adapters]
 
     def to_markdown(self) -> str:
-        """A table with a column for each adapter."""
+        """A Markdown table with one column per adapter."""
         columns = self.to_dict()
         names = list(columns[0]) if columns else []
         rows = [[name, *(column[name] for column in columns)] for name in names if name != "adapter"]
@@ -85,22 +85,25 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """Every adapter of a PEFT model, stock or ours: its structure, its sites, its formulas filled in, what is measured.
+    """Describe every adapter of a PEFT model: structure, sites, evaluated formulas, and measured sizes.
 
-    The model is not changed; each adapter is saved to a temporary folder to measure it.
+    Works for PEFT's own methods and ours. The model is not modified; each adapter is saved to a temporary folder to
+    measure its files.
 
     Raises:
-        ConfigError: not a PEFT model, or a method without a card.
+        ConfigError: the model has no adapter, or a method has no card.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if not configs:
-        raise ConfigError(f"Expected a PEFT model with an adapter, found a {type(model).__name__} without one.")
+        raise ConfigError(
+            f"Expected a PEFT model with at least one adapter, found a {type(model).__name__} without any."
+        )
     inner = _of_a_mixture(configs)
     return Description(tuple(_describe(model, name) for name in configs if name not in inner))
 
 
 def _of_a_mixture(configs: dict[str, Any]) -> set[str]:
-    """The LoRA adapters that belong to an X-LoRA."""
+    """Names of the LoRA adapters inside an X-LoRA adapter."""
     return {name for config in configs.values() for name in _inner(config)}
 
 
@@ -119,8 +122,8 @@ def _describe(model: Any, name: str) -> AdapterDescription:
         active=active,
         sites=dict(parts),
         layers=(len({site.layer for site in sites} - {None}), len(blocks_of(base_of(model)))),
-        formula_numbers=expected_numbers(model, name),
-        trained_numbers=_counted(model, name) if active else None,
+        formula_parameters=expected_parameters(model, name),
+        trainable_parameters=_counted(model, name) if active else None,
         formula_bytes=expected_bytes(model, name),
         stored_bytes=_saved_bytes(model, name),
     )
@@ -133,9 +136,9 @@ def _active(model: Any) -> list[str]:
 
 
 def _counted(model: Any, name: str) -> int | None:
-    """Trained numbers of one adapter; None if it is frozen."""
+    """Trainable parameters of one adapter; None if it is frozen."""
     if set(_active(model)) <= {name, *_inner(model.peft_config[name])}:
-        return trained_numbers(model) or None
+        return trainable_parameters(model) or None
     own = (
         parameter.numel()
         for key, parameter in model.named_parameters()

@@ -1,4 +1,4 @@
-"""Moving an adapter to another base of the same widths."""
+"""Move an adapter to another base of the same widths."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .vocabulary import PROPERTIES, InputType, ParametersAdapted, Workspace
 
 
 def port(adapter: str | Path, to: nn.Module, adapter_name: str = "default") -> PeftModel:
-    """Load an adapter on a base it was not made for.
+    """Load an adapter on a base it was not trained on.
 
-    What can be ported reads and writes activations, and says nothing of the base's own numbers: bottleneck adapters,
-    and masks over a pool, which comes with them. The widths of the sites must be those of the base it was made for.
-    Whether the result is any good is for you to measure: it is a starting point, not a translation.
+    Only adapters that read and write activations can be ported: bottleneck adapters, and masks with their pool. The
+    new base needs sites of the same names and widths. Porting gives a starting point for training; measure the result
+    before you use it as it is.
 
     Args:
         adapter: folder or Hub id.
         to: the new base.
-        adapter_name: in the model.
+        adapter_name: the adapter's name in the model.
 
     Returns:
-        a :class:`peft.PeftModel` around ``to``.
+        A :class:`peft.PeftModel` around ``to``.
 
     Raises:
-        ConfigError: a method that cannot be ported; the message names the property that forbids it.
-        TargetError: the new base's sites have other widths, or it has no such sites.
+        ConfigError: the method cannot be ported; the message names the property that rules it out.
+        TargetError: the new base lacks the sites, or they have other widths.
     """
     config: Any = PeftConfig.from_pretrained(str(adapter))
     forbidden = why_not_portable(card_for(config))
@@ -43,19 +43,19 @@ def port(adapter: str | Path, to: nn.Module, adapter_name: str = "default") -> P
     except (RuntimeError, ValueError) as error:
         words = " ".join(str(error).split())[:400]
         raise TargetError(
-            f"'{adapter}' does not fit a {type(to).__name__}: an adapter can be ported between bases of equal widths "
-            f"that have modules of the same names. PEFT says: {words}"
+            f"'{adapter}' does not fit a {type(to).__name__}. An adapter can be ported between bases of equal widths "
+            f"with modules of the same names. PEFT's error: {words}"
         ) from error
 
 
 def why_not_portable(card: Card) -> tuple[str, str] | None:
-    """The property that ties a method to its base, and how; None for a method that can be ported."""
+    """The property that ties a method to its base, with the reason; None if the method can be ported."""
     if card.input_type is InputType.DATA:
-        return "input_type", f"{card.input_type}; what is trained lives in the base's own embeddings or keys and values"
+        return "input_type", f"{card.input_type}; its parameters live among the base's embeddings, keys or values"
     if card.input_type is InputType.WEIGHTS:
-        return "input_type", f"{card.input_type}; what is trained is relative to the base's own weights"
+        return "input_type", f"{card.input_type}; its parameters depend on the base's weights"
     if card.parameters_adapted is ParametersAdapted.REPARAMETERISATION:
-        return "parameters_adapted", f"{card.parameters_adapted}; what is trained is a change of the base's own weights"
+        return "parameters_adapted", f"{card.parameters_adapted}; its parameters are a change of the base's weights"
     if Workspace.FFN_OUTPUT not in card.workspace:
-        return "workspace", f"{card.text('workspace')}; it was trained along with a network, or a router, of its own"
+        return "workspace", f"{card.text('workspace')}; it was trained together with its own network or router"
     return None

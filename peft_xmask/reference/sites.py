@@ -1,4 +1,4 @@
-"""Where an adapter sits in a model, and what part of the model that is."""
+"""Find the modules that an adapter touches, and the part of the model each belongs to."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PLACES: tuple[tuple[str, tuple[Workspace, ...]], ...] = (
 
 
 def workspace_of(name: str) -> tuple[Workspace, ...]:
-    """The parts of a transformer that a module of this name is; a fused projection is several."""
+    """The parts of a transformer that a module's name stands for; a fused projection stands for several."""
     return next((places for pattern, places in _PLACES if re.search(pattern, name)), (Workspace.OTHER,))
 
 
@@ -41,12 +41,12 @@ class AdaptedSite:
     """A module of the base model that an adapter touches.
 
     Attributes:
-        name: in the base model.
-        module: that touches it.
-        d_in, d_out: widths of the host: of a norm twice its own, of an embedding its rows and columns.
-        bias: whether the host has one.
-        numbers: parameters of the host.
-        names: by how many names the model knows the module.
+        name: the module's name in the base model.
+        module: the PEFT layer around it.
+        d_in, d_out: input and output width of the host; a norm's width twice; an embedding's rows and columns.
+        bias: whether the host has a bias.
+        parameters: number of parameters of the host.
+        names: number of names under which the model holds the module; more than 1 if it is tied.
     """
 
     name: str
@@ -54,23 +54,23 @@ class AdaptedSite:
     d_in: int
     d_out: int
     bias: bool
-    numbers: int
+    parameters: int
     names: int = 1
 
     @property
     def workspace(self) -> tuple[Workspace, ...]:
-        """What part of the model the host is."""
+        """The part of the model that the host belongs to."""
         return workspace_of(self.name)
 
     @property
     def layer(self) -> str | None:
-        """Which block it is in: its name up to the index."""
+        """The block it is in: its name up to the index."""
         found = re.match(r"(.*?\.?(?:layers|layer|h|block|blocks)\.\d+)(?:\.|$)", self.name)
         return found.group(1) if found else None
 
 
 def adapted_sites(model: nn.Module, adapter_name: str) -> list[AdaptedSite]:
-    """Every module of a PEFT model that an adapter touches, in the model's order; none for prompt methods."""
+    """Every module of a PEFT model that an adapter touches, in the model's order; empty for prompt methods."""
     root = base_of(model)
     every_lora = str(getattr(_config(model, adapter_name), "peft_type", "")).endswith("XLORA")
     known = Counter(map(id, (module for _, module in root.named_modules(remove_duplicate=False))))
@@ -82,7 +82,7 @@ def adapted_sites(model: nn.Module, adapter_name: str) -> list[AdaptedSite]:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The base inside a PEFT model, a mixed one too; adapters stay in it."""
+    """The base model inside a PeftModel or PeftMixedModel, with the adapters still in place."""
     whole: Any = model
     if callable(getattr(type(model), "get_base_model", None)):
         base: nn.Module = whole.get_base_model()
@@ -92,7 +92,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def host_of(module: nn.Module) -> nn.Module:
-    """The base's own module under any number of adapters."""
+    """The base's own module beneath its adapters."""
     inner: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else getattr(module, "model", module)
     host: nn.Module = inner
     return host
@@ -145,7 +145,7 @@ def _site(name: str, module: nn.Module, names: int) -> AdaptedSite:
         d_in=d_in,
         d_out=d_out,
         bias=getattr(host, "bias", None) is not None,
-        numbers=sum(parameter.numel() for parameter in host.parameters()),
+        parameters=sum(parameter.numel() for parameter in host.parameters()),
         names=names,
     )
 

@@ -1,4 +1,4 @@
-"""The page with every card, docs/typology.md: ``python -m peft_xmask.reference.typology`` writes it anew."""
+"""Write docs/typology.md from the cards: ``python -m peft_xmask.reference.typology``."""
 
 from __future__ import annotations
 
@@ -35,35 +35,36 @@ _WORDS: dict[str, type[Word]] = {
     "integration form": IntegrationForm,
     "workspace": Workspace,
 }
-_HEAD = """# The typology: every method PEFT registers, and ours
+_HEAD = """# Typology of PEFT methods
 
-This page is made from the cards (`python -m peft_xmask.reference.typology`) and a test compares it with them. The
-properties are those of PEFT-Ref ([Sabry & Belz](https://arxiv.org/abs/2304.12410)). **Every value is our own
-classification**: none is quoted from the paper's table. It is given by the rule of the value below, or for the reason
-in the last section, and [checked by running the method](reference.md#how-the-cards-are-checked) wherever it can be.
+This page lists every method that PEFT registers, and ours: its structure, its size as a formula, and what you can do
+with it. The properties are PEFT-Ref's ([Sabry & Belz](https://arxiv.org/abs/2304.12410)). **Every value is our own
+classification**; none is quoted from the paper. Each follows the rule given [below](#values-and-their-rules) or a
+reason in [the last section](#reasons), and is [checked by running the method](reference.md#how-the-cards-are-checked)
+where a test can check it.
 
-Methods are as PEFT 0.21.2 builds them with their defaults; the workspace is where it puts them in a decoder of Llama's
-shape.
+The methods are those of PEFT 0.21.2 with default settings; the workspace is where PEFT inserts them in a Llama-shaped
+decoder. To regenerate this page: `python -m peft_xmask.reference.typology`.
 """
 
 
 def typology_page() -> str:
-    """The page, in Markdown."""
-    parts = [_HEAD, "## Structure\n", _structure(), "## Numbers and bytes\n", _FORMULAS, _formulas()]
-    parts += ["## What one can do with it\n", _ABILITIES, _abilities(), "## The words and their rules\n", _rules()]
-    parts += ["## Reasons, and what cannot be checked\n", _reasons()]
+    """The page as Markdown."""
+    parts = [_HEAD, "## Structure\n", _structure(), "## Parameters and bytes\n", _FORMULAS, _formulas()]
+    parts += ["## Abilities\n", _ABILITIES, _abilities(), "## Values and their rules\n", _rules()]
+    parts += ["## Reasons\n", _reasons()]
     return "\n".join(parts)
 
 
-_FORMULAS = """Trained numbers and bytes of the saved tensors in float32. `d_in`, `d_out`: widths of the site; `bias`: 1
-where it has one, else 0; `numbers`: parameters of it; `names`: how many names the model has for it; `d_in_max` and the
-like: the largest over the sites; `d`: width of the embeddings; a field of the config is called by its name, yes and no
-are 1 and 0.
+_FORMULAS = """Trainable parameters, and bytes of the saved tensors in float32. `d_in`, `d_out`: input and output width
+of the host module; `bias`: 1 if the host has a bias, else 0; `parameters`: number of parameters of the host; `names`:
+number of names under which the model holds it; `d_in_max` and similar: the largest over all sites; `d`: embedding
+width. Other symbols are fields of the config; True counts as 1 and False as 0.
 """
-_ABILITIES = """*merges*: into the base's weights, exactly. *mixed*: one batch, several adapters, by `adapter_names`;
-where it says no, PEFT 0.21.2 mostly takes the names and gives every row the active adapter. *several*: one model holds
-several adapters. *sum*: several active at once, all taking effect. *ported*: to another base of equal widths, by
-`peft_xmask.reference.port`.
+_ABILITIES = """*merges*: into the base's weights, exactly. *mixed batch*: rows of one batch can use different adapters,
+through `adapter_names`. Where it says no, PEFT 0.21.2 mostly accepts the names but applies the active adapter to every
+row. *several*: one model can hold several adapters. *sum*: several adapters can be active at once. *portable*: the
+adapter can be moved to another base of equal widths with `peft_xmask.reference.port`.
 """
 
 
@@ -74,21 +75,21 @@ def _structure() -> str:
 
 
 def _formulas() -> str:
-    rows = [[card.title, f"`{card.trained}`", f"`{card.stored}`", card.needs or None] for card in cards()]
-    return markdown_table(["method", "trained numbers", "bytes stored", "needs"], rows)
+    rows = [[card.title, f"`{card.trainable}`", f"`{card.stored}`", card.needs or None] for card in cards()]
+    return markdown_table(["method", "trainable parameters", "bytes stored", "needs"], rows)
 
 
 def _abilities() -> str:
     rows = [
-        [card.title, card.merges, card.mixes, card.several, card.adds_up, why_not_portable(card) is None]
+        [card.title, card.merges, card.supports_mixed_batch, card.several, card.adds_up, why_not_portable(card) is None]
         for card in cards()
     ]
-    return markdown_table(["method", "merges", "mixed", "several", "sum", "ported"], rows)
+    return markdown_table(["method", "merges", "mixed batch", "several", "sum", "portable"], rows)
 
 
 def _rules() -> str:
     rows = [[title, str(word), word.rule] for title, words in _WORDS.items() for word in words]
-    return markdown_table(["property", "value", "given when"], rows)
+    return markdown_table(["property", "value", "rule"], rows)
 
 
 def _reasons() -> str:
@@ -97,13 +98,20 @@ def _reasons() -> str:
 
 def _reasons_of(card: Card) -> str:
     reasons = [f"- {_name(name)}: {why}.\n" for name, why in card.reasons.items()]
-    unchecked = [f"- not checked by a test, {_name(name)}: {why}.\n" for name, why in card.unchecked.items()]
+    unchecked = [f"- {_name(name)}, not tested: {why}.\n" for name, why in card.unchecked.items()]
     return f"### {card.title} (`{card.method}`)\n\n{''.join(reasons + unchecked)}\n"
 
 
 def _name(field: str) -> str:
-    others = {"merges": "merging", "mixes": "mixed batches", "several": "several adapters", "adds_up": "several active"}
-    return PROPERTIES.get(field) or others.get(field) or f"{field} numbers or bytes"
+    others = {
+        "merges": "merging",
+        "supports_mixed_batch": "mixed batches",
+        "several": "several adapters",
+        "adds_up": "several active",
+        "trainable": "trainable parameters",
+        "stored": "bytes stored",
+    }
+    return PROPERTIES.get(field) or others[field]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Parts and columns:
   inference   seconds of a forward pass in eval mode, as above; the ratio is to the bare base
   switching   from one profile that serves to another that is ready to serve: ours by `set_adapter`, Super-Tuning by
               `unmerge_adapter`, `set_adapter` and `merge_adapter`, after which both run at the base's speed
-  disk        bytes of `adapter_model.safetensors`, without a head, by trained number
+  disk        bytes of `adapter_model.safetensors`, without a head, by trainable parameter
 
 Candidates take turns in every round, so that other work on the machine hits them alike. A target counts as met or
 missed only if the whole interval lies on one side of it. Prints tables and, last, one JSON line.

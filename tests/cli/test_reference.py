@@ -16,7 +16,7 @@ def test_all_cards_in_a_table(cli):
 def test_one_card_in_full(cli):
     facts = json.loads(cli("cards", "ia3", "--json").out)[0]
     assert facts["integration form"] == "rescaling"
-    assert facts["trained numbers"] == "feedforward*d_in + (1 - feedforward)*d_out per site"
+    assert facts["trainable parameters"] == "d_in*feedforward + d_out*(1 - feedforward) per site"
     shown = cli("cards", "xpeft").out
     assert "Why" in shown
     assert "gated addition" in shown
@@ -33,7 +33,7 @@ def test_describe_says_what_a_trained_adapter_is(method, adapters, minilm, cli):
     facts = json.loads(cli("describe", adapters[method], "--base", minilm, "--json").out)
     assert facts["method"] == {"xpeft": "XPEFT", "bottleneck": "BOTTLENECK_ADAPTER", "lora": "LORA"}[method]
     assert facts["blocks touched"] == "6 of 6"
-    assert f"{facts['trained numbers']} = " in facts["by formula"]
+    assert f"{facts['trainable parameters']} = " in facts["by formula"]
     assert f"{facts['bytes stored']} = " in facts["bytes by formula"]
 
 

@@ -18,7 +18,7 @@ class Method:
         fields: with which its adapter is small and changes the outputs from the start.
         prefix: of its state's names.
         linear: whether it can be merged.
-        mixes: whether one batch can use several of its adapters.
+        supports_mixed_batch: whether one batch can use several of its adapters.
         starts_at_base: whether an adapter can start without changing the outputs.
         packed: whether an adapter loaded for inference has other state than one in training.
         strong: fields for PEFT's suites of transformers, so that tiny language models write another text.
@@ -30,7 +30,7 @@ class Method:
     fields: dict[str, Any]
     prefix: str
     linear: bool
-    mixes: bool = True
+    supports_mixed_batch: bool = True
     starts_at_base: bool = True
     packed: bool = False
     strong: dict[str, Any] = field(default_factory=dict)

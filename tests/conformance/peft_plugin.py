@@ -93,7 +93,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if metafunc.function.__name__ in FREE_TABLES:
         mark = next(metafunc.definition.iter_markers("parametrize"))
         mixing = "mixed_adapter" in metafunc.function.__name__
-        mark.args[1][:] = in_place_of_lora(mark.args[1], [each for each in METHODS if each.mixes or not mixing])
+        mark.args[1][:] = in_place_of_lora(
+            mark.args[1], [each for each in METHODS if each.supports_mixed_batch or not mixing]
+        )
 
 
 def enter(module: Any, name: str) -> None:
@@ -131,7 +133,7 @@ def enter(module: Any, name: str) -> None:
                 row.name, *(as_ours(LoraConfig(target_modules=["lin0"]), row) for _ in range(2)), id=f"({row.name})"
             )
             for row in METHODS
-            if row.mixes
+            if row.supports_mixed_batch
         ]
     for helper in SKIPS:
         for holder in (module, sys.modules["tests.testing_common"]):
@@ -192,7 +194,7 @@ def like_the_methods_they_name(request: pytest.FixtureRequest, monkeypatch: pyte
     if method is None:
         return
     common, suite = sys.modules["tests.testing_common"], request.module
-    if method.mixes and re.fullmatch(r"test_(generate_with_)?mixed_adapter_batches", name):
+    if method.supports_mixed_batch and re.fullmatch(r"test_(generate_with_)?mixed_adapter_batches", name):
         for module in (common, suite):
             monkeypatch.setattr(module, "LoraConfig", method.config_cls)
     if method.packed and name.startswith("test_save_pretrained"):

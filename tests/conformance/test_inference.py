@@ -123,7 +123,7 @@ def test_inputs_embeds(method, transformer, adapted):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
 def test_a_base_in_half_precision(method, architecture, dtype, autocast_adapter_dtype, two_adapters, tmp_path):
-    """Trained numbers are float32 unless PEFT is told to leave them; the output has the base's dtype either way."""
+    """Trainable parameters are float32 unless PEFT is told to keep their dtype; outputs have the base's dtype."""
     from peft import PeftModel, get_peft_model
 
     torch.manual_seed(1)

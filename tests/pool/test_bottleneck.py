@@ -72,7 +72,7 @@ def test_a_lora_is_refused_with_the_call_to_use(make_lora):
 
 
 def test_real_adapters_of_our_own_type_become_a_pool(tmp_path):
-    """Trained numbers that PEFT saved: one adapter of the pool computes what its model does."""
+    """Trainable parameters that PEFT saved: one adapter of the pool computes what its model does."""
     from peft import get_peft_model
     from transformers import BertConfig, BertModel
 

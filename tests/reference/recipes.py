@@ -111,7 +111,7 @@ def build_xlora(base: str):
 
 
 def stir(model, adapter_name: str = "default", seed: int = 7) -> None:
-    """Change every trained number, so that no part of an adapter is idle."""
+    """Change every trainable parameter, so that no part of an adapter is idle."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

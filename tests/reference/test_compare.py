@@ -43,8 +43,8 @@ def test_the_base_comes_first_and_every_candidate_has_a_row(result):
 
 def test_numbers_and_bytes_are_those_of_the_formulas(result):
     found = rows(result)
-    assert found["LORA"].trained_numbers == 3 * 2 * (32 + 24)
-    assert found["LORA"].stored_bytes == 4 * found["LORA"].trained_numbers
+    assert found["LORA"].trainable_parameters == 3 * 2 * (32 + 24)
+    assert found["LORA"].stored_bytes == 4 * found["LORA"].trainable_parameters
     assert found["LORA 2"].stored_bytes == 2 * found["LORA"].stored_bytes
     assert found["XPEFT"].stored_bytes == 2 * (2 * 2 + 2)
     assert found["mine"].method == "BOTTLENECK_ADAPTER"
@@ -54,7 +54,7 @@ def test_numbers_and_bytes_are_those_of_the_formulas(result):
 def test_flops_of_lora_are_its_two_products(result):
     found = rows(result)
     extra = found["LORA"].flops_per_token - found["base"].flops_per_token
-    assert extra == 2 * found["LORA"].trained_numbers
+    assert extra == 2 * found["LORA"].trainable_parameters
     assert found["IA3"].flops_per_token == found["base"].flops_per_token
 
 

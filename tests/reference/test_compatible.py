@@ -122,4 +122,4 @@ def test_two_that_train_the_bases_biases_cannot_be_held():
 def test_every_verdict_says_why():
     for _, verdict in compatible("XPEFT", "PREFIX_TUNING"):
         assert verdict.reason
-    assert "does not merge" in str(compatible("XPEFT", "LORA"))
+    assert "cannot be merged" in str(compatible("XPEFT", "LORA"))

@@ -1,11 +1,11 @@
-"""Every card's formulas against real models: trained numbers, bytes on disk, and the modules touched."""
+"""Every card's formulas against real models: trainable parameters, bytes on disk, and the modules touched."""
 
 import pytest
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 from recipes import BASES, DoesNotFitError, build, build_base, saved
 
 from peft_xmask.reference import card_for, cards
-from peft_xmask.reference.count import expected_bytes, expected_numbers, stored_bytes, trained_numbers
+from peft_xmask.reference.count import expected_bytes, expected_parameters, stored_bytes, trainable_parameters
 from peft_xmask.reference.sites import adapted_sites, blocks_of, workspace_of
 from peft_xmask.reference.vocabulary import Insertions, ParameterSharing
 
@@ -26,7 +26,7 @@ def test_formulas_give_the_numbers_trained_and_the_bytes_saved(method, base):
         if base == "llama":
             raise
         pytest.skip(f"PEFT: {refusal}")
-    assert expected_numbers(model) == trained_numbers(model)
+    assert expected_parameters(model) == trainable_parameters(model)
     with saved(model) as folder:
         assert expected_bytes(model) == stored_bytes(folder)
 
@@ -68,7 +68,7 @@ def test_sharing_is_what_a_further_block_costs(method):
         bytes_of_two = stored_bytes(folder)
     with saved(three) as folder:
         bytes_of_three = stored_bytes(folder)
-    numbers = trained_numbers(two), trained_numbers(three)
+    numbers = trainable_parameters(two), trainable_parameters(three)
     if card.parameter_sharing is ParameterSharing.TIED:
         assert numbers[0] == numbers[1]
     elif card.parameter_sharing is ParameterSharing.SHARED:
@@ -108,6 +108,6 @@ def test_sharing_is_what_a_further_block_costs(method):
 )
 def test_formulas_hold_for_other_fields_than_the_defaults(method, fields):
     model = build(method, "llama" if method == "SHADOW" else "bert", **fields)
-    assert expected_numbers(model) == trained_numbers(model)
+    assert expected_parameters(model) == trainable_parameters(model)
     with saved(model) as folder:
         assert expected_bytes(model) == stored_bytes(folder)

@@ -22,7 +22,7 @@ def test_what_is_counted_is_what_the_formula_says(method):
     adapter = facts(build(method))
     assert adapter.card.method == method
     assert adapter.active
-    assert adapter.trained_numbers == adapter.formula_numbers > 0
+    assert adapter.trainable_parameters == adapter.formula_parameters > 0
     assert adapter.stored_bytes == adapter.formula_bytes
 
 
@@ -33,11 +33,11 @@ def test_several_adapters_each_have_their_own_figures():
     assert (first.name, second.name) == ("default", "other")
     assert first.sites == {"attention Q": 2, "attention V": 2}
     assert second.sites == {"FFN output": 2}
-    assert second.formula_numbers == 2 * 2 * (24 + 16)
-    assert second.stored_bytes == 4 * second.formula_numbers
-    assert second.trained_numbers is None
+    assert second.formula_parameters == 2 * 2 * (24 + 16)
+    assert second.stored_bytes == 4 * second.formula_parameters
+    assert second.trainable_parameters is None
     model.set_adapter("other")
-    assert describe(model).adapters[1].trained_numbers == second.formula_numbers
+    assert describe(model).adapters[1].trainable_parameters == second.formula_parameters
 
 
 def test_a_mixed_model_has_adapters_of_two_methods():
@@ -45,8 +45,8 @@ def test_a_mixed_model_has_adapters_of_two_methods():
     model.add_adapter("other", LoHaConfig(r=2, target_modules=["v_proj"]))
     first, second = describe(model).adapters
     assert (first.card.method, second.card.method) == ("LORA", "LOHA")
-    assert first.formula_numbers == 2 * 3 * 32
-    assert second.formula_numbers == 2 * 2 * 2 * 24
+    assert first.formula_parameters == 2 * 3 * 32
+    assert second.formula_parameters == 2 * 2 * 2 * 24
 
 
 def test_layers_to_transform_show_in_the_blocks_touched():
@@ -59,14 +59,14 @@ def test_a_head_is_not_counted_as_the_method():
     config = BertConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
     model = get_peft_model(BertForSequenceClassification(config), IA3Config(task_type="SEQ_CLS"))
     adapter = facts(model)
-    assert adapter.trained_numbers == adapter.formula_numbers
+    assert adapter.trainable_parameters == adapter.formula_parameters
     assert adapter.stored_bytes == adapter.formula_bytes
 
 
 def test_a_loaded_adapter_trains_nothing(tmp_path):
     build("BOTTLENECK_ADAPTER").save_pretrained(tmp_path)
     adapter = facts(PeftModel.from_pretrained(build_base("llama"), tmp_path))
-    assert adapter.trained_numbers is None
+    assert adapter.trainable_parameters is None
     assert adapter.stored_bytes == adapter.formula_bytes
 
 
@@ -74,7 +74,7 @@ def test_the_table_names_every_adapter_and_property():
     text = describe(build("XPEFT")).to_markdown()
     assert "| property | `default` |" in text
     assert "| insertion form | sequential |" in text
-    assert "50 = num_profiles*(2*num_adapters + learn_gain) per site" in text
+    assert "50 = num_profiles*(learn_gain + 2*num_adapters) per site" in text
 
 
 def test_describing_changes_nothing():
@@ -89,5 +89,5 @@ def test_describing_changes_nothing():
 
 
 def test_a_model_without_adapters_is_refused():
-    with pytest.raises(ConfigError, match="found a BertModel without one"):
+    with pytest.raises(ConfigError, match="found a BertModel without any"):
         describe(build_base("bert"))

@@ -1,6 +1,6 @@
-"""The cards' structure, measured: how outputs change when inputs, weights and trained numbers do.
+"""The cards' structure, measured: how outputs change when inputs, weights and trainable parameters do.
 
-Every probe runs one adapted module of a tiny Llama whose trained numbers have been changed at random.
+Every probe runs one adapted module of a tiny Llama whose trainable parameters have been changed at random.
 """
 
 import pytest
@@ -9,6 +9,7 @@ from recipes import BASES, build, config_of, logits, saved, stir
 from torch.autograd.functional import jacobian
 
 from peft_xmask.reference import card_for, cards
+from peft_xmask.reference.formula import evaluate
 from peft_xmask.reference.sites import adapted_sites, host_of
 from peft_xmask.reference.vocabulary import (
     InputType,
@@ -76,7 +77,7 @@ def insertion_form(method: str) -> InsertionForm:
     probe = Probe(method)
     change = probe.slope() - probe.without()
     card, symbols = card_for(method), _symbols(probe)
-    counts = (round(card.trained.site.value(symbols)), round(card.stored.site.value(symbols) / 4))
+    counts = (round(evaluate(card.trainable.site, symbols)), round(evaluate(card.stored.site, symbols) / 4))
     if replaced(probe) or int((change.abs() > 1e-6).sum()) in counts:
         return InsertionForm.IN_PLACE
     probe = Probe(method)
@@ -279,7 +280,7 @@ def test_several_adapters_mixed_batches_and_sums(method):
         return
     assert card.several
     assert adds_up(model, method) == card.adds_up
-    assert mixes(model, method) == card.mixes  # last: a refused call can leave PEFT's hooks behind
+    assert mixes(model, method) == card.supports_mixed_batch  # last: a refused call can leave PEFT's hooks behind
 
 
 def _extra(method: str) -> dict:

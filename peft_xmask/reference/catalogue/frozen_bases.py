@@ -1,9 +1,11 @@
-"""Changes of a weight over bases that are frozen, random or shared, so that little is trained."""
+"""Changes of a weight expressed in frozen, random or shared bases, so that few parameters are trained."""
 
 from __future__ import annotations
 
+from sympy import Min, ceiling, floor
+
 from ..card import add_card, in_float32
-from ..formula import Expression, ceil, floor, once, per_site, smaller, symbols
+from ..formula import once, per_site, symbols
 from ..vocabulary import InputType, InsertionForm, IntegrationForm, InterConnectivity, ParameterSharing
 from .kinds import INTER_UNCHECKED, SCALED, WEIGHT_CHANGE, d_in, d_in_max, d_out, d_out_max, r
 
@@ -19,7 +21,7 @@ add_card(
     "arXiv 2310.11454",
     WEIGHT_CHANGE,
     parameter_sharing=ParameterSharing.SHARED,
-    trained=VERA_TRAINED,
+    trainable=VERA_TRAINED,
     stored=in_float32(VERA_STORED),
 )
 
@@ -31,26 +33,26 @@ add_card(
     "arXiv 2512.07703",
     WEIGHT_CHANGE,
     parameter_sharing=ParameterSharing.SHARED,
-    trained=PVERA_TRAINED,
+    trainable=PVERA_TRAINED,
     stored=in_float32(PVERA_STORED),
-    reasons={"merges": "with sample_at_inference=False, the default: the mean is merged"},
+    reasons={"merges": "with sample_at_inference=False, the default, the mean is merged"},
 )
 
-n_bases = ceil(smaller(d_in, d_out) / r)
-RANDLORA_TRAINED = per_site(n_bases * (r + smaller(d_in, d_out)))
-_PROJECTIONS: Expression = r * d_min_max + d_max_max * ceil(d_min_max / r) * r
+n_bases = ceiling(Min(d_in, d_out) / r)
+RANDLORA_TRAINED = per_site(n_bases * (r + Min(d_in, d_out)))
+_PROJECTIONS = r * d_min_max + d_max_max * ceiling(d_min_max / r) * r
 add_card(
     "RANDLORA",
     "RandLoRA",
     "arXiv 2502.00987",
     SCALED,
     parameter_sharing=ParameterSharing.SHARED,
-    trained=RANDLORA_TRAINED,
+    trainable=RANDLORA_TRAINED,
     stored=in_float32(
         per_site(RANDLORA_TRAINED.site + save_projection * _PROJECTIONS, once=save_projection * _PROJECTIONS)
     ),
     scale="randlora_alpha",
-    reasons={"stored": "the shared random bases are written once for the model and again at every site"},
+    reasons={"stored": "the file holds the shared random bases once for the model and again for every site"},
 )
 
 add_card(
@@ -58,11 +60,11 @@ add_card(
     "TinyLoRA",
     "arXiv 2602.04118",
     WEIGHT_CHANGE,
-    trained=per_site(u),
+    trainable=per_site(u),
     stored=in_float32(per_site(u + r * (d_in + d_out) + save_projection * (u * (r * r)))),
     reasons={
         "parameter_sharing": "with weight_tying=0, the default; with 1 all sites are tied",
-        "trained": "with weight_tying=0",
+        "trainable": "with weight_tying=0",
     },
 )
 
@@ -72,7 +74,7 @@ add_card(
     "arXiv 2506.00799",
     WEIGHT_CHANGE,
     parameter_sharing=ParameterSharing.TIED,
-    trained=once(theta_d_length),
+    trainable=once(theta_d_length),
     stored=in_float32(once(theta_d_length)),
     reasons={"stored": "with save_indices=False; the indices follow from the seed"},
 )
@@ -87,11 +89,11 @@ add_card(
     WEIGHT_CHANGE,
     parameter_sharing=ParameterSharing.SHARED,
     inter_connectivity=InterConnectivity.DYNAMIC,
-    trained=VBLORA_TRAINED,
+    trainable=VBLORA_TRAINED,
     stored=in_float32(VBLORA_TRAINED),
     needs="vector_length that divides every width",
     reasons={
-        "inter_connectivity": "which vectors of the bank make up a row is chosen while training",
+        "inter_connectivity": "training chooses which vectors of the bank form each row",
         "stored": "with save_only_topk_weights=False",
     },
 )
@@ -101,7 +103,7 @@ add_card(
     "FourierFT",
     "arXiv 2405.03003",
     SCALED,
-    trained=per_site(n_frequency),
+    trainable=per_site(n_frequency),
     stored=in_float32(per_site(n_frequency)),
     scale="scaling",
 )
@@ -110,11 +112,11 @@ add_card(
     "WaveFT",
     "arXiv 2505.12532",
     SCALED,
-    trained=per_site(n_frequency),
+    trainable=per_site(n_frequency),
     stored=in_float32(per_site(n_frequency)),
     scale="scaling",
     reasons={"intra_connectivity": "a coefficient reaches the rows and columns its wavelet covers, up to all of them"},
-    unchecked={**INTER_UNCHECKED, "intra_connectivity": "depends on which coefficients are drawn, and how many"},
+    unchecked={**INTER_UNCHECKED, "intra_connectivity": "depends on which coefficients are drawn, and on their number"},
 )
 
 n_offdiagonal = floor(sparse_rate * d_in * d_in)
@@ -127,11 +129,11 @@ add_card(
     input_type=InputType.WEIGHTS,
     insertion_form=InsertionForm.IN_PLACE,
     integration_form=IntegrationForm.REPLACEMENT,
-    trained=per_site(d_in + n_offdiagonal),
+    trainable=per_site(d_in + n_offdiagonal),
     stored=per_site(4 * (d_in + n_offdiagonal), group=save_projection * (4 * (d_in * d_in) + 16 * n_offdiagonal + 16)),
     group_of=lambda name: ".".join(part for part in name.split(".")[-2:] if not part.isdigit()),
     reasons={
-        "input_type": "the frozen bases are a joint decomposition of the base's weights of one kind",
-        "insertion_form": "the decomposed weight is used in place of the base's",
+        "input_type": "the frozen bases are a joint decomposition of all base weights of one kind",
+        "insertion_form": "the decomposed weight replaces the base's",
     },
 )

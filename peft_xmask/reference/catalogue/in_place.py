@@ -1,4 +1,4 @@
-"""Methods that train numbers of the base, or stand-ins for them."""
+"""Methods that train parameters of the base, or replacements for them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig
+from sympy import floor
 
 from ..card import add_card, in_float32
-from ..formula import floor, once, per_site, symbols
+from ..formula import once, per_site, symbols
 from ..vocabulary import (
     InputType,
     InsertionForm,
@@ -18,7 +19,7 @@ from ..vocabulary import (
     IntraConnectivity,
     Workspace,
 )
-from .kinds import WEIGHT_CHANGE, d_in, d_out, numbers, r
+from .kinds import WEIGHT_CHANGE, d_in, d_out, parameters, r
 
 sparsity, save_indices, tokens, names, d = symbols("sparsity save_precomputed_indices tokens names d")
 
@@ -38,12 +39,12 @@ add_card(
     inter_connectivity=InterConnectivity.FIXED_DENSE,
     integration_form=IntegrationForm.REPLACEMENT,
     workspace=frozenset({Workspace.NORMALISATION}),
-    trained=per_site(numbers),
-    stored=in_float32(per_site(numbers)),
+    trainable=per_site(parameters),
+    stored=in_float32(per_site(parameters)),
     adds_up=False,
     reasons={
-        "intra_connectivity": "a norm's weight scales each feature on its own",
-        "workspace": "the norms of each block and the one behind the last; on BERT PEFT has no default",
+        "intra_connectivity": "a norm's weight scales each feature separately",
+        "workspace": "the norms of each block and the final norm; PEFT has no default for BERT",
     },
 )
 
@@ -53,9 +54,9 @@ add_card(
     "SHiRA",
     "arXiv 2406.13175",
     IN_PLACE,
-    trained=SHIRA_TRAINED,
+    trainable=SHIRA_TRAINED,
     stored=per_site(12 * r * (d_in + d_out)),
-    reasons={"stored": "four bytes for a value, eight for its place"},
+    reasons={"stored": "four bytes per value and eight per index"},
 )
 
 chosen = floor(d_in * d_out * (1 - sparsity))
@@ -64,9 +65,9 @@ add_card(
     "Supertuning",
     "arXiv 2607.09287",
     IN_PLACE,
-    trained=per_site(chosen),
+    trainable=per_site(chosen),
     stored=per_site(4 * chosen + save_indices * (4 * chosen)),
-    reasons={"trained": "with r=None, the default: no LoRA beside it; at least one number"},
+    reasons={"trainable": "with r=None, the default: no LoRA beside it; at least one value"},
 )
 
 
@@ -84,16 +85,16 @@ add_card(
     insertions=Insertions.ONE,
     integration_form=IntegrationForm.REPLACEMENT,
     workspace=frozenset({Workspace.EMBEDDING}),
-    trained=once(tokens * d),
+    trainable=once(tokens * d),
     stored=in_float32(per_site(tokens * d * names)),
     symbols=_token_count,
     needs="token_indices",
-    mixes=True,
+    supports_mixed_batch=True,
     adds_up=False,
     reasons={
-        "adds_up": "PEFT refuses two active adapters that replace the same tokens",
+        "adds_up": "PEFT rejects two active adapters that replace the same tokens",
         "input_type": "the rows are embeddings of tokens",
-        "stored": "rows that the model ties are written under each of their names",
-        "intra_connectivity": "a row takes effect where its token stands, and nowhere else",
+        "stored": "the file holds rows of tied weights once per name",
+        "intra_connectivity": "a row takes effect only at the positions of its token",
     },
 )

@@ -1,4 +1,4 @@
-"""What many cards have in common."""
+"""Symbols and values that many cards share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..vocabulary import (
     Workspace,
 )
 
-d_in, d_out, bias, numbers = symbols("d_in d_out bias numbers")
+d_in, d_out, bias, parameters = symbols("d_in d_out bias parameters")
 d_in_max, d_out_max = symbols("d_in_max d_out_max")
 (r,) = symbols("r")
 
@@ -33,7 +33,9 @@ ALL_LINEAR = frozenset(
     }
 )
 
-INTER_UNCHECKED = {"inter_connectivity": "read from the code: what training and inputs may choose, no single run shows"}
+INTER_UNCHECKED = {
+    "inter_connectivity": "read from the code; a single run cannot show what training and inputs may choose"
+}
 
 WEIGHT_CHANGE: dict[str, Any] = {
     "intra_connectivity": IntraConnectivity.DENSE,
@@ -47,17 +49,17 @@ WEIGHT_CHANGE: dict[str, Any] = {
     "workspace": QUERY_AND_VALUE,
     "unchecked": INTER_UNCHECKED,
 }
-"""A change of the host's weight, computed beside the host: the LoRA family."""
+"""A change of the host's weight, computed beside the host, as in LoRA."""
 
 SCALED: dict[str, Any] = {**WEIGHT_CHANGE, "integration_form": IntegrationForm.SCALED_ADDITION}
-"""The same, times a constant of the config."""
+"""The same, multiplied by a constant from the config."""
 
 ORTHOGONAL: dict[str, Any] = {
     **WEIGHT_CHANGE,
     "insertion_form": InsertionForm.SEQUENTIAL,
     "integration_form": IntegrationForm.COMPOSITION,
 }
-"""The host's input or output is multiplied by a trained matrix."""
+"""A trained matrix multiplies the host's input or output."""
 
 PROMPT: dict[str, Any] = {
     "intra_connectivity": IntraConnectivity.DENSE,
@@ -72,16 +74,16 @@ PROMPT: dict[str, Any] = {
     "merges": False,
     "adds_up": False,
 }
-"""Vectors that stand before the sequence."""
+"""Vectors placed before the sequence."""
 
 PROMPT_REASONS = {
-    "intra_connectivity": "every number of a virtual token takes part in every product of attention with it",
-    "inter_connectivity": "how much each position takes from a virtual token is attention's choice, by the input",
-    "insertion_form": "virtual tokens stand beside the real ones; no module's output is handed through them",
-    "input_type": "the trained numbers are embeddings, of tokens that are not in the vocabulary",
+    "intra_connectivity": "every element of a virtual token takes part in each attention product with it",
+    "inter_connectivity": "attention decides from the input how much each position takes from a virtual token",
+    "insertion_form": "virtual tokens stand beside the real ones; no module's output passes through them",
+    "input_type": "its parameters are embeddings of tokens outside the vocabulary",
 }
 PROMPT_UNCHECKED = {
-    "intra_connectivity": "there is no map from inputs to outputs inside a module of vectors",
+    "intra_connectivity": "a module of vectors has no map from inputs to outputs",
     "inter_connectivity": INTER_UNCHECKED["inter_connectivity"],
     "input_type": "a definition",
     "insertion_form": "a definition",

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig
+from sympy import Min, floor
+from sympy.utilities.lambdify import implemented_function
 
 from ..card import add_card, in_float32
-from ..formula import call, floor, per_site, smaller, symbols
+from ..formula import per_site, symbols
 from ..vocabulary import InputType, IntegrationForm, InterConnectivity
 from .kinds import ALL_LINEAR, INTER_UNCHECKED, SCALED, WEIGHT_CHANGE, bias, d_in, d_out, r
 
@@ -23,16 +25,19 @@ PAIR = r * (d_in + d_out)
 
 
 def _split(width: float) -> tuple[int, int]:
-    """Two factors of a width, as near to each other as can be, the smaller first."""
+    """The two factors of a width that are closest to each other, the smaller first."""
     small = max(low for low in range(1, int(width**0.5) + 1) if width % low == 0)
     return small, int(width) // small
 
 
 def _kronecker(rank: float, width_in: float, width_out: float) -> float:
-    """Numbers of LoKr's factors: ``w1`` is whole, ``w2`` whole or of a rank."""
+    """Parameters of LoKr's factors: ``w1`` is a full matrix, ``w2`` is full or low-rank."""
     (out_small, out_large), (in_small, in_large) = _split(width_out), _split(width_in)
     second = out_large * in_large if rank >= max(out_large, in_large) / 2 else rank * (out_large + in_large)
     return out_small * in_small + second
+
+
+kronecker = implemented_function("kronecker", _kronecker)
 
 
 def _glora_paths(config: PeftConfig, _: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -55,9 +60,9 @@ add_card(
     "LoRA",
     "arXiv 2106.09685",
     SCALED,
-    trained=LORA_TRAINED,
+    trainable=LORA_TRAINED,
     stored=in_float32(LORA_TRAINED),
-    mixes=True,
+    supports_mixed_batch=True,
     scale="lora_alpha",
 )
 
@@ -68,28 +73,28 @@ add_card(
     "arXiv 2303.10512",
     SCALED,
     inter_connectivity=InterConnectivity.DYNAMIC,
-    trained=ADALORA_TRAINED,
+    trainable=ADALORA_TRAINED,
     stored=in_float32(ADALORA_TRAINED),
     scale="lora_alpha",
     needs="total_step",
     reasons={
-        "inter_connectivity": "training moves ranks from site to site by importance",
-        "trained": "before ranks are pruned",
-        "several": "PEFT holds several for inference, and trains one",
+        "inter_connectivity": "training moves ranks between sites by importance",
+        "trainable": "before AdaLoRA prunes ranks",
+        "several": "PEFT can hold several for inference but trains only one",
     },
 )
 
-ADAMSS_TRAINED = per_site(subspace_rank * (num_subspaces * smaller(r, d_in, d_out) + d_out))
+ADAMSS_TRAINED = per_site(subspace_rank * (num_subspaces * Min(r, d_in, d_out) + d_out))
 add_card(
     "ADAMSS",
     "AdaMSS",
     "openreview 8ZdWmpYxT0",
     WEIGHT_CHANGE,
-    trained=ADAMSS_TRAINED,
+    trainable=ADAMSS_TRAINED,
     stored=in_float32(per_site(ADAMSS_TRAINED.site + d_in * d_out + bias * d_out)),
     reasons={
-        "trained": "exact where each of the subspaces, which are clusters of rows, has at least subspace_rank rows",
-        "stored": "the file holds the frozen part of the weight and the bias too",
+        "trainable": "exact if each subspace, a cluster of rows, has at least subspace_rank rows",
+        "stored": "the file also holds the frozen part of the weight and the bias",
     },
 )
 
@@ -99,12 +104,12 @@ add_card(
     "C3A",
     "arXiv 2407.19342",
     WEIGHT_CHANGE,
-    trained=C3A_TRAINED,
+    trainable=C3A_TRAINED,
     stored=in_float32(C3A_TRAINED),
     needs="block_size that divides every width",
     adds_up=False,
     reasons={
-        "adds_up": "in PEFT 0.21.2 the second adapter reads the first one's output in place of the host's input",
+        "adds_up": "in PEFT 0.21.2 the second adapter reads the first one's output instead of the host's input",
     },
 )
 
@@ -115,11 +120,11 @@ add_card(
     "Kumar et al., NeurIPS 2025",
     WEIGHT_CHANGE,
     input_type=InputType.WEIGHTS,
-    trained=DEFT_TRAINED,
+    trainable=DEFT_TRAINED,
     stored=in_float32(DEFT_TRAINED),
     reasons={
-        "input_type": "it takes a subspace out of the base's own output, and puts a low-rank map there",
-        "insertion_form": "the map reads the host's input; what is taken out reads its output",
+        "input_type": "it removes a subspace from the base's output and adds a low-rank map there",
+        "insertion_form": "the map reads the host's input; the removed part is computed from its output",
     },
 )
 
@@ -130,10 +135,10 @@ add_card(
     "arXiv 2503.18225",
     WEIGHT_CHANGE,
     integration_form=IntegrationForm.GATED_ADDITION,
-    trained=DELORA_TRAINED,
+    trainable=DELORA_TRAINED,
     stored=in_float32(per_site(PAIR + 1 + d_in)),
     gate="delora_lambda",
-    reasons={"stored": "the norms of the base weight's columns are saved too"},
+    reasons={"stored": "the file also holds the norms of the base weight's columns"},
 )
 
 GLORA_TRAINED = per_site(
@@ -148,15 +153,15 @@ add_card(
     "arXiv 2306.07967",
     WEIGHT_CHANGE,
     input_type=InputType.WEIGHTS,
-    trained=GLORA_TRAINED,
+    trainable=GLORA_TRAINED,
     stored=in_float32(
         per_site(GLORA_TRAINED.site + (1 - bias) * (d_in + 2 * d_out) + bias * (C_none * d_in + D_E_none * (2 * d_out)))
     ),
-    mixes=True,
+    supports_mixed_batch=True,
     symbols=_glora_paths,
     reasons={
         "input_type": "W0*A and W0 @ C are products with the base's weights",
-        "stored": "where C, D or E is none, or the host has no bias, the file holds zeros in their place",
+        "stored": "where C, D or E is none, or the host has no bias, the file holds zeros instead",
     },
 )
 
@@ -166,7 +171,7 @@ add_card(
     "GraLoRA",
     "arXiv 2505.20355",
     SCALED,
-    trained=GRALORA_TRAINED,
+    trainable=GRALORA_TRAINED,
     stored=in_float32(GRALORA_TRAINED),
     scale="alpha",
 )
@@ -178,10 +183,10 @@ add_card(
     "openreview TwJrTz9cRS",
     WEIGHT_CHANGE,
     input_type=InputType.WEIGHTS,
-    trained=HIRA_TRAINED,
+    trainable=HIRA_TRAINED,
     stored=in_float32(HIRA_TRAINED),
     reasons={
-        "input_type": "the change is the base's weight times a low-rank matrix, number by number",
+        "input_type": "the change is the elementwise product of the base's weight and a low-rank matrix",
     },
 )
 
@@ -191,28 +196,28 @@ add_card(
     "LoHa",
     "arXiv 2108.06098",
     SCALED,
-    trained=LOHA_TRAINED,
+    trainable=LOHA_TRAINED,
     stored=in_float32(LOHA_TRAINED),
     scale="alpha",
 )
 
-LOKR_TRAINED = per_site(call("kronecker", _kronecker, r, d_in, d_out))
+LOKR_TRAINED = per_site(kronecker(r, d_in, d_out))
 add_card(
     "LOKR",
     "LoKr",
     "arXiv 2309.14859",
     SCALED,
-    trained=LOKR_TRAINED,
+    trainable=LOKR_TRAINED,
     stored=in_float32(LOKR_TRAINED),
     scale="alpha",
     reasons={
-        "trained": "kronecker(r, d_in, d_out) = a*c + b*e, or a*c + r*(b + e) where r < max(b, e)/2, with d_out = a*b, "
-        "d_in = c*e as near to squares as can be; with decompose_both and decompose_factor at their defaults",
-        "integration_form": "the constant is alpha/r where a factor has a rank, else one",
+        "trainable": "kronecker(r, d_in, d_out) = a*c + b*e, or a*c + r*(b + e) if r < max(b, e)/2, where d_out = a*b, "
+        "d_in = c*e as close to squares as possible; with the default decompose_both and decompose_factor",
+        "integration_form": "the constant is alpha/r if a factor is low-rank, else one",
     },
     unchecked={
         **INTER_UNCHECKED,
-        "integration_form": "at tiny widths both factors are whole, where PEFT has no constant",
+        "integration_form": "at tiny widths both factors are full matrices, for which PEFT has no constant",
     },
 )
 
@@ -222,26 +227,26 @@ add_card(
     "MiSS",
     "arXiv 2409.15371",
     WEIGHT_CHANGE,
-    trained=MISS_TRAINED,
+    trainable=MISS_TRAINED,
     stored=in_float32(MISS_TRAINED),
-    reasons={"trained": "with init_weights=True; 'bat' and 'mini' have others"},
+    reasons={"trainable": "with init_weights=True; 'bat' and 'mini' differ"},
 )
 
-rank_kept = fixed_rank + by_half * floor(smaller(d_in, d_out) / 2)
-OSF_TRAINED = per_site((d_in + d_out + 1) * (smaller(d_in, d_out) - rank_kept))
+rank_kept = fixed_rank + by_half * floor(Min(d_in, d_out) / 2)
+OSF_TRAINED = per_site((d_in + d_out + 1) * (Min(d_in, d_out) - rank_kept))
 add_card(
     "OSF",
     "OSF",
     "arXiv 2504.07097",
     WEIGHT_CHANGE,
     workspace=ALL_LINEAR,
-    trained=OSF_TRAINED,
+    trainable=OSF_TRAINED,
     stored=in_float32(OSF_TRAINED),
     symbols=_osf_rank,
     adds_up=False,
     reasons={
-        "adds_up": "of several active adapters only the first takes effect",
-        "trained": "fixed_rank = effective_rank; where that is not set, half of the smaller width (by_half)",
+        "adds_up": "only the first of several active adapters takes effect",
+        "trainable": "fixed_rank = effective_rank; if unset, half of the smaller width (by_half)",
     },
 )
 
@@ -252,10 +257,10 @@ add_card(
     "arXiv 2410.01870",
     SCALED,
     input_type=InputType.WEIGHTS,
-    trained=PEANUT_TRAINED,
+    trainable=PEANUT_TRAINED,
     stored=in_float32(PEANUT_TRAINED),
     scale="scaling",
-    reasons={"input_type": "a small network reads the base's weight and gives the change of it"},
+    reasons={"input_type": "a small network computes the change from the base's weight"},
 )
 
 PSOFT_TRAINED = per_site(r * (r - 1) / 2 + 2 * r)
@@ -264,10 +269,10 @@ add_card(
     "PSOFT",
     "arXiv 2505.11235",
     WEIGHT_CHANGE,
-    trained=PSOFT_TRAINED,
+    trainable=PSOFT_TRAINED,
     stored=in_float32(PSOFT_TRAINED),
     reasons={
-        "trained": "with psoft_orth, psoft_mag_a and psoft_mag_b at their defaults",
-        "integration_form": "a rotation inside the base's main subspace; the change it makes is added",
+        "trainable": "with the default psoft_orth, psoft_mag_a and psoft_mag_b",
+        "integration_form": "a rotation inside the base's main subspace; the resulting change is added",
     },
 )

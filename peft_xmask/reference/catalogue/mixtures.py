@@ -1,4 +1,4 @@
-"""Routers over several modules, and a network beside the network."""
+"""Routers over several modules, and a network beside the base network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .kinds import INTER_UNCHECKED, WEIGHT_CHANGE, d_in, d_out, r
 
 num_B, stride_A, n_tasks, n_skills, n_splits = symbols("num_B stride_A n_tasks n_skills n_splits")
 hidden_size, router_outputs = symbols("hidden_size router_outputs")
-d, width, block_numbers = symbols("d update_width block_numbers")
+d, width, block_parameters = symbols("d update_width block_parameters")
 
 ROUTED: dict[str, Any] = {
     **WEIGHT_CHANGE,
@@ -24,7 +24,7 @@ ROUTED: dict[str, Any] = {
 }
 ROUTER_UNCHECKED = {
     **INTER_UNCHECKED,
-    "integration_form": "a router's weights are never all zero, so that the gate cannot be closed",
+    "integration_form": "a router's weights are never all zero, so the gate cannot be closed",
 }
 
 add_card(
@@ -34,12 +34,12 @@ add_card(
     ROUTED,
     parameters_adapted=ParametersAdapted.ADDITION,
     parameter_sharing=ParameterSharing.SHARED,
-    trained=per_site(r * d_in / stride_A + num_B * r, group=num_B * r * d_out),
+    trainable=per_site(r * d_in / stride_A + num_B * r, group=num_B * r * d_out),
     stored=in_float32(per_site(r * d_in + num_B * r + num_B * r * d_out)),
     reasons={
-        "trained": "stride_A neighbouring layers share one A; exact where it divides their number",
-        "stored": "what layers share is written at every site",
-        "inter_connectivity": "a router weighs the B's by the batch's hidden states",
+        "trainable": "stride_A neighbouring layers share one A; exact if stride_A divides their number",
+        "stored": "the file holds the shared tensors once per site",
+        "inter_connectivity": "a router weights the B matrices by the batch's hidden states",
     },
     unchecked=ROUTER_UNCHECKED,
 )
@@ -50,13 +50,13 @@ add_card(
     "Poly",
     "arXiv 2202.13914",
     ROUTED,
-    trained=POLY_TRAINED,
+    trainable=POLY_TRAINED,
     stored=in_float32(POLY_TRAINED),
     reasons={
-        "inter_connectivity": "a task's row of the router chooses the skills, in training by sampling",
-        "merges": "PEFT does not, though for one task the mix of skills is a low-rank change",
-        "mixes": "not by adapter_names; a batch mixes tasks of one adapter by task_ids",
-        "parameters_adapted": "for a task the mix of skills is a low-rank change of the weight",
+        "inter_connectivity": "a task's row in the router selects the skills; in training it is sampled",
+        "merges": "PEFT does not merge it, although one task's mix of skills is a low-rank change",
+        "supports_mixed_batch": "not through adapter_names; task_ids mixes tasks of one adapter in a batch",
+        "parameters_adapted": "one task's mix of skills is a low-rank change of the weight",
     },
     unchecked=ROUTER_UNCHECKED,
 )
@@ -76,18 +76,18 @@ add_card(
     ROUTED,
     parameters_adapted=ParametersAdapted.ADDITION,
     parameter_sharing=ParameterSharing.SHARED,
-    trained=once((hidden_size + 1) * router_outputs),
+    trainable=once((hidden_size + 1) * router_outputs),
     stored=once(0),
     symbols=_xlora_sizes,
     several=False,
     adds_up=False,
     needs="adapters, hidden_size; base.config.use_cache = False",
     reasons={
-        "trained": "the router, with xlora_depth=1, the default; the LoRA adapters are frozen",
+        "trainable": "the router with xlora_depth=1, the default; the LoRA adapters are frozen",
         "parameter_sharing": "one router for all sites",
-        "workspace": "that of its LoRA adapters",
-        "stored": "PEFT 0.21.2 leaves the router out of the file: it takes the index of its layer for the name of LoRA "
-        "adapter 0. Those adapters are files of their own",
+        "workspace": "the workspace of its LoRA adapters",
+        "stored": "PEFT 0.21.2 omits the router from the file, because it mistakes the router's layer index for LoRA "
+        "adapter 0. The LoRA adapters have their own files",
     },
     unchecked=ROUTER_UNCHECKED,
 )
@@ -98,8 +98,10 @@ def _shadow_sizes(config: PeftConfig, known: Mapping[str, Any]) -> Mapping[str, 
     return {"update_width": given.update_hidden_size or given.r, "depth": given.shadow_num_hidden_layers or 1}
 
 
-depth, final_norm, tables = symbols("depth final_norm_numbers other_embedding_numbers")
-SHADOW_TRAINED = per_site(2 * r * d + 2 * (2 * width * d + width + d), once=depth * block_numbers + final_norm + tables)
+depth, final_norm, tables = symbols("depth final_norm_parameters other_embedding_parameters")
+SHADOW_TRAINED = per_site(
+    2 * r * d + 2 * (2 * width * d + width + d), once=depth * block_parameters + final_norm + tables
+)
 add_card(
     "SHADOW",
     "ShadowPEFT",
@@ -109,22 +111,22 @@ add_card(
     parameters_adapted=ParametersAdapted.ADDITION,
     parameter_sharing=ParameterSharing.SHARED,
     workspace=frozenset({Workspace.BLOCK}),
-    trained=SHADOW_TRAINED,
+    trainable=SHADOW_TRAINED,
     stored=in_float32(SHADOW_TRAINED),
     symbols=_shadow_sizes,
     adds_up=False,
     scale="shadow_alpha",
     reasons={
-        "parameter_sharing": "one shadow network rides along all blocks",
-        "inter_connectivity": "gates decide by the input how far the shadow follows the base",
-        "trained": "with a mirrored shadow network of the base's width, the default; embeddings that are not called "
-        "embed_tokens, as in GPT-2, it has for itself",
+        "parameter_sharing": "one shadow network runs beside all blocks",
+        "inter_connectivity": "gates decide from the input how far the shadow follows the base",
+        "trainable": "with a mirrored shadow network of the base's width, the default; it has its own embeddings if "
+        "the base's are not called embed_tokens, as in GPT-2",
     },
     unchecked={
         **INTER_UNCHECKED,
         "intra_connectivity": "the site is a block, not a linear module",
         "insertion_form": "the site is a block, not a linear module",
-        "integration_form": "the shadow reads what it changes, so that a doubled constant does not double the change",
+        "integration_form": "the shadow reads what it changes, so doubling the constant does not double the change",
         "input_type": "the site is a block, not a linear module",
     },
 )

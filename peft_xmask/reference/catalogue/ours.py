@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from peft import PeftConfig
+from sympy import ceiling
 
 from ..card import add_card, in_float32
-from ..formula import ceil, nearest, per_site, symbols
+from ..formula import nearest, per_site, symbols
 from ..vocabulary import (
     InputType,
     InsertionForm,
@@ -46,9 +47,9 @@ FFN_ADAPTER: dict[str, Any] = {
     "insertion_form": InsertionForm.SEQUENTIAL,
     "workspace": frozenset({Workspace.FFN_OUTPUT}),
     "merges": False,
-    "mixes": True,
+    "supports_mixed_batch": True,
 }
-MERGES = 'with the default activation; with activation="identity" it is a linear map and merges exactly'
+MERGES = 'with the default activation; with activation="identity" the adapter is linear and merges exactly'
 
 BOTTLENECK_TRAINED = per_site(b * (parallel * d_in + (1 - parallel) * d_out + d_out) + use_bias * (b + d_out))
 add_card(
@@ -56,13 +57,13 @@ add_card(
     "Bottleneck adapter",
     "arXiv 1902.00751, placed as in arXiv 2005.00247",
     FFN_ADAPTER,
-    trained=BOTTLENECK_TRAINED,
+    trainable=BOTTLENECK_TRAINED,
     stored=in_float32(BOTTLENECK_TRAINED),
     symbols=_form,
     reasons={
         "merges": MERGES,
         "insertion_form": 'by default; insertion_form="parallel" reads the host\'s input',
-        "integration_form": "its scale is one by default",
+        "integration_form": "its default scale is one",
     },
 )
 
@@ -74,22 +75,22 @@ add_card(
     inter_connectivity=InterConnectivity.DYNAMIC,
     parameter_sharing=ParameterSharing.SHARED,
     integration_form=IntegrationForm.GATED_ADDITION,
-    trained=per_site(P * (2 * N + learn_gain)),
-    stored=per_site(P * (2 * (soft * (2 * N) + (1 - soft) * ceil(N / 8)) + 2 * learn_gain)),
+    trainable=per_site(P * (2 * N + learn_gain)),
+    stored=per_site(P * (2 * (soft * (2 * N) + (1 - soft) * ceiling(N / 8)) + 2 * learn_gain)),
     symbols=_kind_of_mask,
     reasons={
         "merges": MERGES,
-        "inter_connectivity": "training chooses which adapters of the pool take effect",
-        "parameter_sharing": "all profiles use one frozen pool, each through masks of its own",
-        "integration_form": "a trained gain for each site; with learn_gain=False a constant, which is scaled addition",
+        "inter_connectivity": "training selects which adapters of the pool take effect",
+        "parameter_sharing": "all profiles use one frozen pool, each through its own masks",
+        "integration_form": "a trained gain per site; with learn_gain=False a constant, which is scaled addition",
         "insertion_form": 'by default; insertion_form="parallel" reads the host\'s input',
-        "stored": "masks as bits (hard) or two bytes a weight (soft), gains as two bytes; the pool is not in the file",
-        "mixes": "by adapter_names, and rows of one adapter by profile names",
+        "stored": "masks as bits (hard) or two bytes per weight (soft), and two bytes per gain; the pool is separate",
+        "supports_mixed_batch": "adapters through adapter_names, and profiles of one adapter by name",
     },
     unchecked={
         **INTER_UNCHECKED,
-        "integration_form": "the trained number is the gain's distance from where it starts",
-        "parameter_sharing": "the shared pool is frozen and not in the profile's file",
+        "integration_form": "the trainable parameter is the gain's offset from its initial value",
+        "parameter_sharing": "the shared pool is frozen and is not in the profile's file",
     },
 )
 
@@ -104,14 +105,14 @@ add_card(
     input_type=InputType.WEIGHTS,
     insertion_form=InsertionForm.IN_PLACE,
     workspace=ALL_LINEAR,
-    trained=per_site(NUMBERS),
+    trainable=per_site(NUMBERS),
     stored=per_site(value_bytes * NUMBERS),
     symbols=_value_bytes,
-    mixes=True,
+    supports_mixed_batch=True,
     reasons={
-        "input_type": "which numbers are trained is read from the base's weights, and they are numbers of it",
-        "stored": "values only: the places follow from the base",
-        "trained": 'with scope="module", the default; each weight and bias has its own count',
+        "input_type": "the base's weights determine which of them are trained",
+        "stored": "values only; the base determines their indices",
+        "trainable": 'with scope="module", the default, each weight and bias has its own count',
     },
 )
 
@@ -135,16 +136,18 @@ add_card(
     input_type=InputType.WEIGHTS,
     insertion_form=InsertionForm.IN_PLACE,
     workspace=frozenset({Workspace.FFN_INTERMEDIATE, Workspace.FFN_OUTPUT}),
-    trained=per_site(on_weight * (2 * r * d_in + inner_bias * r) + on_bias * (bias * (2 * r * d_out + inner_bias * r))),
+    trainable=per_site(
+        on_weight * (2 * r * d_in + inner_bias * r) + on_bias * (bias * (2 * r * d_out + inner_bias * r))
+    ),
     stored=per_site(value_bytes * (on_weight * (d_in * d_out) + on_bias * (bias * d_out))),
-    mixes=True,
+    supports_mixed_batch=True,
     symbols=_what_it_reads,
     needs='hosts with a bias, or target="weight"',
     reasons={
-        "intra_connectivity": "of the adapter over a weight or bias; the change of a bias is one fixed vector",
-        "insertion_form": "what it makes is a number for each number of the host, and stands in its place",
-        "integration_form": "its scale is one by default",
-        "trained": "with adapter_bias=None, the default, r more for a bias or weight that is all zero",
-        "stored": "what the adapter makes, not the adapter: r does not enter",
+        "intra_connectivity": "describes the adapter over a weight or bias; the change of a bias is one fixed vector",
+        "insertion_form": "it computes a replacement for the host's weight or bias",
+        "integration_form": "its default scale is one",
+        "trainable": "with adapter_bias=None, the default, plus r for a weight or bias that is all zero",
+        "stored": "the resulting change, not the adapter, so r does not matter",
     },
 )

@@ -1,4 +1,4 @@
-"""Rotations, scales and others that stand before or behind a module."""
+"""Rotations, scales and other methods applied before or after a module."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ add_card(
     "OFT",
     "arXiv 2306.07280",
     SPARSE,
-    trained=OFT_TRAINED,
+    trainable=OFT_TRAINED,
     stored=in_float32(OFT_TRAINED),
     needs="oft_block_size that divides every width",
-    reasons={"intra_connectivity": "a rotation in blocks: an input reaches the outputs of its block"},
+    reasons={"intra_connectivity": "a block-diagonal rotation: an input reaches only the outputs of its block"},
 )
 
 BOFT_TRAINED = per_site(boft_n_butterfly_factor * d_in * boft_block_size + d_out)
@@ -49,12 +49,12 @@ add_card(
     "BOFT",
     "arXiv 2311.06243",
     SPARSE,
-    trained=BOFT_TRAINED,
+    trainable=BOFT_TRAINED,
     stored=in_float32(BOFT_TRAINED),
     needs="boft_block_size that divides every width",
     reasons={
-        "intra_connectivity": "with one butterfly factor, the default, as OFT; more factors connect more",
-        "integration_form": "a rotation of the input, and a scale for each output",
+        "intra_connectivity": "as OFT with one butterfly factor, the default; more factors connect more",
+        "integration_form": "a rotation of the input and a scale per output",
     },
 )
 
@@ -64,7 +64,7 @@ add_card(
     "HRA",
     "arXiv 2405.17484",
     ORTHOGONAL,
-    trained=HRA_TRAINED,
+    trainable=HRA_TRAINED,
     stored=in_float32(HRA_TRAINED),
 )
 
@@ -74,9 +74,9 @@ add_card(
     "RoAd",
     "arXiv 2409.00119",
     SPARSE,
-    trained=ROAD_TRAINED,
+    trainable=ROAD_TRAINED,
     stored=in_float32(ROAD_TRAINED),
-    mixes=True,
+    supports_mixed_batch=True,
     symbols=_road_width,
     needs="group_size that divides every output width",
     reasons={"intra_connectivity": "rotations and scales of pairs of outputs"},
@@ -90,10 +90,10 @@ add_card(
     SPARSE,
     integration_form=IntegrationForm.RESCALING,
     workspace=frozenset({Workspace.ATTENTION_KEY, Workspace.ATTENTION_VALUE, Workspace.FFN_OUTPUT}),
-    trained=IA3_TRAINED,
+    trainable=IA3_TRAINED,
     stored=in_float32(IA3_TRAINED),
     site_symbols=_is_feedforward,
-    reasons={"parameters_adapted": "it can be merged: a scale of a projection is a change of the projection"},
+    reasons={"parameters_adapted": "it can be merged: scaling a projection is a change of its weight"},
 )
 
 BEFT_TRAINED = per_site(d_out)
@@ -106,12 +106,12 @@ add_card(
     input_type=InputType.NONE,
     workspace=frozenset({Workspace.ATTENTION_VALUE}),
     merges=False,
-    trained=BEFT_TRAINED,
+    trainable=BEFT_TRAINED,
     stored=in_float32(BEFT_TRAINED),
     reasons={
-        "merges": "only where the host has a bias, as in BERT; a Llama's projections have none",
-        "parameters_adapted": "it stands for a change of the host's bias, which may be a bias of zero",
-        "insertion_form": "added behind the projection, whether it has a bias or not",
-        "intra_connectivity": "nothing is connected: one number for each output",
+        "merges": "only if the host has a bias, as in BERT; Llama's projections have none",
+        "parameters_adapted": "it encodes a change of the host's bias, which may be an implicit zero",
+        "insertion_form": "added after the projection, whether or not the projection has a bias",
+        "intra_connectivity": "nothing is connected: one value per output",
     },
 )
