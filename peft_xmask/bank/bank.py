@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
@@ -15,6 +15,7 @@ from ..core.hub import HubOptions, find_folder, upload
 from ..errors import ConfigError
 from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.model import find_table
+from .bake import BakedLora, LoraBaker
 from .compatibility import check_alike
 from .merging import write_merged
 from .names import as_names
@@ -207,6 +208,60 @@ class ProfileBank(BankRows):
             commit_message=commit_message or f"Upload a bank of {len(self)} profiles",
         )
         return address
+
+    @overload
+    def to_lora(  # type: ignore[overload-overlap]  # a string is one name, not several of one letter
+        self,
+        names: str,
+        base: str | os.PathLike[str] | None = None,
+        *,
+        rank: int | None = None,
+        check_base: bool = True,
+    ) -> BakedLora: ...
+
+    @overload
+    def to_lora(
+        self,
+        names: Iterable[str],
+        base: str | os.PathLike[str] | None = None,
+        *,
+        rank: int | None = None,
+        check_base: bool = True,
+    ) -> Iterator[tuple[str, BakedLora]]: ...
+
+    def to_lora(
+        self,
+        names: str | Iterable[str],
+        base: str | os.PathLike[str] | None = None,
+        *,
+        rank: int | None = None,
+        check_base: bool = True,
+    ) -> BakedLora | Iterator[tuple[str, BakedLora]]:
+        """Profiles as stock LoRAs, without a model: from the pool, the base's config and, if need be, its weights.
+
+        The tensors are those of :func:`~peft_xmask.export_lora`, bit for bit. Opening the pool and the base takes most
+        of the time: name many profiles at once, or keep a :class:`~peft_xmask.bank.bake.LoraBaker`.
+
+        Args:
+            names: of one profile, or of several.
+            base: folder or Hub id of the base model; None: the one that the bank names.
+            rank: of the LoRA; None: the pool's bottleneck size. Zeros fill up a larger one.
+            check_base: whether the base's weights are read to check its fingerprint. Sequential profiles need the
+                weights of the adapted modules in any case.
+
+        Returns:
+            The LoRA; of several names an iterator over pairs of a name and a LoRA, each made when it is asked for.
+
+        Raises:
+            KeyError: no such profile.
+            MergeError: profiles that are not linear (``activation="identity"`` without ``layer_norm`` is).
+            BaseMismatchError, PoolMismatchError: another base or pool than the profiles were trained on.
+            ConfigError, TargetError, FileFormatError: a base that cannot be found or is not one, or ``rank`` below b.
+        """
+        baker = LoraBaker(self, base, check_base=check_base)
+        if isinstance(names, str):
+            return baker.bake(self[names], rank)
+        return ((name, baker.bake(self[name], rank)) for name in names)
 
     def attach(self, model: nn.Module, adapter_name: str = "bank") -> PeftModel:
         """Serve the bank: an X-PEFT adapter of P rows, whose masks stay where the bank has them.

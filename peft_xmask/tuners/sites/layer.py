@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...core.adapter import AdapterForm, AdapterPair, adapt
+from ...core.lora import LinearChange, parallel_change, sequential_change
 from ...errors import MergeError
 from ..base.peft_private import BaseTunerLayer, check_adapters_to_merge
 
@@ -134,7 +135,7 @@ class SiteLayer(nn.Module, BaseTunerLayer):
                 continue
             if reason := self.why_not_linear(name):
                 return reason
-            if base.bias is None and self.linear_change(name)[2] is not None:
+            if base.bias is None and self.linear_change(name).constant is not None:
                 return f"adapter '{name}' has biases and the module has none to add them to. Use the adapter unmerged."
         return None
 
@@ -193,27 +194,19 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         if bias is not None:
             base.bias.data = bias.to(base.bias.device)
 
-    def linear_change(self, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What a linear adapter adds to the module's output, as a function of its input: ``up (down x) + constant``.
-
-        Sequential adapters read the module's output ``W x + c``, so there ``down`` is ``down W``.
-
-        Returns:
-            ``down [b, in_features]``, ``up [out_features, b]``, ``constant [out_features]`` or None.
-        """
+    def linear_change(self, name: str) -> LinearChange:
+        """What a linear adapter adds to the module's output, as a function of the module's input."""
         form, pair = self.form(name), self.pair(name)
         assert form is not None
-        down, up, inner = pair.down.detach(), pair.up.detach(), pair.down_bias
-        if form.insertion_form == "sequential":
-            if kind := self._not_plain():
-                raise MergeError(
-                    f"Adapter '{name}' reads the output of a module whose weight is quantised or sharded ({kind}), and "
-                    'cannot be written as a map of its input. Use insertion_form="parallel", or the adapter as it is.'
-                )
-            weight, bias = self._before_merge or self._weight_and_bias()
-            inner = _sum(inner, None if bias is None else down @ bias.to(down.dtype))
-            down = down @ (weight.T if isinstance(self.get_base_layer(), Conv1D) else weight).to(down.dtype)
-        return down, up, _sum(None if inner is None else up @ inner.detach(), pair.up_bias)
+        if form.insertion_form == "parallel":
+            return parallel_change(pair)
+        if kind := self._not_plain():
+            raise MergeError(
+                f"Adapter '{name}' reads the output of a module whose weight is quantised or sharded ({kind}), and "
+                'cannot be written as a map of its input. Use insertion_form="parallel", or the adapter as it is.'
+            )
+        weight, bias = self._before_merge or self._weight_and_bias()
+        return sequential_change(pair, weight.T if isinstance(self.get_base_layer(), Conv1D) else weight, bias)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's ``convert_to_lora`` can take this adapter: it is linear and adds no constant."""
@@ -239,9 +232,3 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         turned = isinstance(self.get_base_layer(), Conv1D)
         merged = (weight + (delta.T if turned else delta).to(weight.device)).to(weight.dtype)
         return merged, bias if bias is None or constant is None else (bias + constant.to(bias.device)).to(bias.dtype)
-
-
-def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return first if second is None else second.detach()
-    return first.detach() + second.detach()

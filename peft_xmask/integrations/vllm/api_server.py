@@ -1,0 +1,107 @@
+"""Memory mode, API server: names that are forgotten in time, and profiles that change with the bank."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from vllm import envs
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+
+from ...errors import ConfigError, PeftXMaskError
+from .bank_source import BankSource, FoundProfile
+from .resolver import ProfileResolver
+from .served import LockTable, ServedProfiles
+from .settings import PREFIX, ServingSettings
+
+LOG = init_logger("vllm.peft_xmask")
+
+
+def install(resolver: ProfileResolver, settings: ServingSettings) -> None:
+    """Have the API server, where this process is one, use our table of adapters."""
+    plain: Callable[..., None] = OpenAIServingModels.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        _refuse_settings(self)
+        served = ServedProfiles(self.lora_requests, settings.max_names)
+        self.lora_requests = served
+        self.lora_resolver_lock = LockTable()
+        watcher = Watcher(resolver.source, served, lambda: int(self.lora_id_counter.inc(1)), settings.watch_seconds)
+        resolver.on_found = watcher.note
+
+    OpenAIServingModels.__init__ = init
+
+
+class Watcher:
+    """Gives the profiles that are served the masks that the bank has now.
+
+    Args:
+        source: the bank.
+        served: the API server's table.
+        next_id: a number for an adapter that has none yet.
+        seconds: between two looks at the bank's files.
+    """
+
+    def __init__(self, source: BankSource, served: ServedProfiles, next_id: Callable[[], int], seconds: float) -> None:
+        self._source, self._served, self._next_id, self._seconds = source, served, next_id, seconds
+        self._task: asyncio.Task[None] | None = None
+        self._failure = ""
+
+    def note(self, name: str, found: FoundProfile) -> None:
+        """A profile is about to be loaded; with the first one the bank begins to be watched."""
+        self._served.note(name, found)
+        if self._task is None or self._task.done():
+            self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    async def look(self) -> None:
+        """Look at the bank once, and update the profiles that come from an older version of it.
+
+        A profile that changed gets a request of its own: another path and another number. Requests that are being
+        answered keep the old one. A profile that is gone is forgotten.
+        """
+        try:
+            version = await asyncio.to_thread(self._version)
+            names = self._served.outdated(version)
+            found = await asyncio.to_thread(lambda: {name: self._source.find(name) for name in names})
+        except (PeftXMaskError, OSError) as error:
+            if str(error) != self._failure:  # said once
+                LOG.error("The bank cannot be read; profiles stay as they are: %s", error)
+            self._failure = str(error)
+            return
+        self._failure = ""
+        for name, profile in found.items():
+            if profile is None:
+                self._served.pop(name, None)
+            elif name in self._served:
+                request = dict.__getitem__(self._served, name)
+                if request.lora_path != profile.path:
+                    request = LoRARequest(lora_name=name, lora_int_id=self._next_id(), lora_path=profile.path)
+                self._served.update_profile(name, request, profile.version)
+        if found:
+            LOG.info("The bank was replaced: %d served profiles looked up again.", len(found))
+
+    def _version(self) -> int:
+        self._source.bank()
+        return self._source.version
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._seconds)
+            try:
+                await self.look()
+            except Exception:  # the watch goes on, whatever one look finds
+                LOG.exception("Looking at the bank failed.")
+
+
+def _refuse_settings(models: Any) -> None:
+    if getattr(getattr(models.engine_client, "vllm_config", None), "lora_config", True) is None:
+        raise ConfigError(f"{PREFIX}BANK is set, and the server was started without --enable-lora. Add it.")
+    if not envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        raise ConfigError(
+            f"{PREFIX}BANK is set, and VLLM_ALLOW_RUNTIME_LORA_UPDATING is not: vLLM would never ask for a profile. "
+            "Set it to 1, and keep /v1/load_lora_adapter and /v1/unload_lora_adapter from the outside."
+        )
