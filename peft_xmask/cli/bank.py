@@ -110,6 +110,58 @@ def select(
 
 
 @app.command()
+def export(
+    bank: Bank,
+    out: Annotated[Path, typer.Option(help="Folder to write the LoRAs to, each in a folder of its own.")],
+    wanted: Annotated[list[str] | None, typer.Argument(help="Names of profiles.")] = None,
+    names: Names = None,
+    base: Annotated[str | None, typer.Option(help="Folder or Hub id of the base; default: the bank's.")] = None,
+    vllm: Annotated[
+        bool, typer.Option("--vllm", help="Refuse what vLLM refuses; fill up to one of its ranks.")
+    ] = False,
+    check_base: Annotated[
+        bool, typer.Option(help="Read the base's weights to check that it is the one the profiles were trained on.")
+    ] = True,
+    replace: Annotated[bool, typer.Option("--replace", help="Write over LoRAs that are there.")] = False,
+) -> None:
+    """Write profiles as stock LoRA folders, which PEFT, vLLM and diffusers read. No model is loaded."""
+    from ..bank.bake import LoraBaker
+    from ..errors import ConfigError
+    from ..integrations.vllm.ranks import fitting_rank
+
+    chosen = [*(wanted or ()), *(() if names is None else read_names(names))]
+    if not chosen:
+        raise ConfigError("Expected names of profiles after the bank or in --names, found none.")
+    opened = open_bank(bank)
+    folders = {name: out / folder_of(name) for name in chosen}
+    for name, folder in folders.items():
+        if name not in opened:
+            raise ConfigError(f"There is no profile {name!r} in the bank '{bank}'.")
+        if _is_adapter(folder) and not replace:
+            raise ConfigError(f"There is an adapter in '{folder}' already. Choose another --out, or pass --replace.")
+    baker = LoraBaker(opened, base, check_base=check_base)
+    if vllm and baker.has_bias:
+        raise ConfigError(
+            "These profiles have biases as LoRAs, which vLLM refuses. Train them with insertion_form='parallel' over a "
+            "pool without biases, or export them without --vllm for other programs."
+        )
+    if vllm and opened.shared:
+        raise ConfigError(f"This bank has a head of its own ({', '.join(sorted(opened.shared))}), which vLLM refuses.")
+    rank = fitting_rank(baker.rank) if vllm else baker.rank
+    size = 0
+    with progress_bar(f"writing {len(chosen):,} LoRAs"):
+        for name, folder in folders.items():
+            lora = baker.bake(opened[name], rank)
+            lora.save_pretrained(folder)
+            size = lora.nbytes
+    print_facts({"LoRAs": f"{len(folders):,}", "rank": f"{rank}", "tensors of each": bytes_text(size)})
+    for name, folder in list(folders.items())[:SHOWN]:
+        output.print(f"{_shown(name)}: {folder}", markup=False, soft_wrap=True)
+    if len(folders) > SHOWN:
+        output.print(f"and {len(folders) - SHOWN:,} more in {out}", markup=False, soft_wrap=True)
+
+
+@app.command()
 def verify(bank: Bank, as_json: Json = False) -> None:
     """Check every mask, gain and name of a bank. Exit code 1 if something is wrong."""
     from ..profiles import verify_bank
@@ -230,6 +282,17 @@ def find_adapters(sources: list[str]) -> dict[str, str]:
             raise ConfigError(f"Two adapters are called {twice[0]!r}. Name one of them otherwise, as NAME=FOLDER.")
         found |= {name: str(folder) for name, folder in some.items()}
     return found
+
+
+def folder_of(name: str) -> str:
+    """The name of a profile as that of a folder: percent-encoded, and shortened with a digest if it is long."""
+    import hashlib
+    from urllib.parse import quote
+
+    quoted = quote(name, safe=" @+,=") if name.strip(".") else name.replace(".", "%2E")
+    if len(quoted) <= 200:
+        return quoted
+    return f"{quoted[:160]}~{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
 
 def read_names(path: Path) -> list[str]:

@@ -20,11 +20,10 @@ from ...errors import ConfigError
 from . import cpu_kernels
 from .bank_source import BankSource
 from .lora_path import is_profile, profile_at
+from .ranks import fitting_rank
 from .settings import ServingSettings
 
 LOG = init_logger("vllm.peft_xmask")
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes as ``--max-lora-rank``."""
 
 
 def install(source: BankSource, settings: ServingSettings) -> None:
@@ -130,9 +129,10 @@ class ProfileLoader:
     def _refuse_rank(self, limit: int) -> None:
         rank = self._baker.rank
         if rank > limit:
-            fitting = next((each for each in RANKS if each >= rank), None)
-            advice = f"Start the server with --max-lora-rank {fitting}." if fitting else "vLLM has no rank that large."
-            raise ConfigError(f"These profiles have rank {rank}; the server takes up to {limit}. {advice}")
+            raise ConfigError(
+                f"These profiles have rank {rank}; the server takes up to {limit}. Start it with --max-lora-rank "
+                f"{fitting_rank(rank)}."
+            )
 
     def _refuse_modules(self, names: Sequence[str], pipeline_size: int) -> None:
         """VLLM passes over modules that it does not adapt, without a word: answers would be those of the base."""

@@ -85,9 +85,9 @@ def api_server(base: Path, bank: Path, log: Path, *flags: object, **environment:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base), "--served-model-name", BASE_NAME,
-        "--port", str(port), "--host", "127.0.0.1", "--enable-lora", "--max-model-len", "128", "--dtype", "float32",
-        *map(str, flags),
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(base),
+        "--served-model-name", BASE_NAME, "--port", str(port), "--host", "127.0.0.1", "--enable-lora",
+        "--max-model-len", "128", "--dtype", "float32", *map(str, flags),
     ]  # fmt: skip
     variables = {
         **os.environ, "PEFT_XMASK_VLLM_BANK": str(bank), "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

@@ -45,18 +45,19 @@ def widen_heads(source: Path, target: Path) -> None:
     places = torch.cat([half, half + HEAD_SIZE // 2])
     tensors = {}
     for name, weight in load_file(source / "model.safetensors").items():
-        part = name.split(".")[-2] if "." in name else name
+        part = name.split(".")[-2]
+        wide = weight
         if part in ("q_proj", "k_proj", "v_proj"):
             heads = weight.view(-1, size, weight.shape[1])
             wide = weight.new_zeros(len(heads), HEAD_SIZE, weight.shape[1])
             wide[:, places] = heads * (2.0 if part == "q_proj" else 1.0)
-            weight = wide.flatten(0, 1)
+            wide = wide.flatten(0, 1)
         elif part == "o_proj":
             heads = weight.view(len(weight), -1, size)
             wide = weight.new_zeros(len(weight), heads.shape[1], HEAD_SIZE)
             wide[:, :, places] = heads
-            weight = wide.flatten(1)
-        tensors[name] = weight.contiguous()
+            wide = wide.flatten(1)
+        tensors[name] = wide.contiguous()
     target.mkdir(parents=True, exist_ok=True)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     (target / "config.json").write_text(json.dumps({**config, "head_dim": HEAD_SIZE}, indent=1))
@@ -69,7 +70,12 @@ def make_bank(
 ) -> ProfileBank:
     """A saved bank of profiles with random masks and gains around 1, so that people's stories differ."""
     config = XPEFTConfig(
-        task_type="CAUSAL_LM", activation="identity", insertion_form=form, num_adapters=64, bottleneck_size=bottleneck, **fields
+        task_type="CAUSAL_LM",
+        activation="identity",
+        insertion_form=form,
+        num_adapters=64,
+        bottleneck_size=bottleneck,
+        **fields,
     )
     bank = ProfileBank.from_model(get_peft_model(AutoModelForCausalLM.from_pretrained(base), config))
     bank.config.base_model_name_or_path = str(base)
@@ -125,9 +131,9 @@ def expected(base: Path, bank: ProfileBank, wanted: Sequence[tuple[str | None, S
         prompts = torch.tensor([list(prompt) for _, prompt in some])
         with torch.no_grad():
             out = served.generate(
-                input_ids=prompts, attention_mask=torch.ones_like(prompts), adapter_names=[name or "__base__" for name, _ in some],
-                do_sample=False, max_new_tokens=TOKENS, min_new_tokens=TOKENS, output_logits=True, return_dict_in_generate=True,
-                eos_token_id=None, pad_token_id=0,
+                input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, max_new_tokens=TOKENS,
+                adapter_names=[name or "__base__" for name, _ in some], output_logits=True,
+                return_dict_in_generate=True, eos_token_id=None, pad_token_id=0,
             )  # fmt: skip
         logits = torch.stack(out.logits, dim=1).float()  # [B, T, V]
         stories += [_story(tokens[-TOKENS:], each) for tokens, each in zip(out.sequences, logits, strict=True)]
