@@ -28,7 +28,7 @@ from .base import AdaptedModule, BaseFolder
 from .profile import Profile
 
 if TYPE_CHECKING:
-    from .bank import ProfileBank
+    from .rows import BankRows
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class LoraBaker:
 
     def __init__(
         self,
-        bank: ProfileBank,
+        bank: BankRows,
         base: str | os.PathLike[str] | None = None,
         *,
         check_base: bool = True,
@@ -125,7 +125,7 @@ class LoraBaker:
     ) -> None:
         self.config: XPEFTConfig = copy.copy(bank.config)
         self.shared = bank.shared
-        refuse_nonlinear(self.config)
+        refuse_nonlinear(bank)
         sequential = self.config.insertion_form == "sequential"
         where = base if base is not None else self.config.base_model_name_or_path
         if where is None:
@@ -208,12 +208,18 @@ class LoraBaker:
         return sequential_change(pair, weight.T if module.fan_in_fan_out else weight, bias)
 
 
-def refuse_nonlinear(config: XPEFTConfig) -> None:
+def refuse_nonlinear(bank: BankRows) -> None:
     """Refuse profiles that no LoRA can say.
 
     Raises:
-        MergeError: an activation, or a LayerNorm.
+        MergeError: an activation, a LayerNorm, or offsets of the model's outputs.
     """
+    config = bank.config
+    if bank.offset_count is not None:
+        raise MergeError(
+            f"These profiles have offsets of {bank.offset_count} outputs, which are added to what the model says and "
+            "have no place in a LoRA. Serve them with ProfileBank.attach."
+        )
     if not config.form.linear:
         raise MergeError(
             f"These profiles have activation={config.activation!r}, layer_norm={config.layer_norm}: only "

@@ -232,6 +232,16 @@ def test_what_no_lora_can_say_is_refused(tmp_path):
             bank.to_lora("ann", tmp_path / "base")
 
 
+def test_offsets_are_refused(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    bank = ProfileBank.from_model(adapted(llama(), insertion_form="parallel"), NAMES)
+    content = bank.content()
+    offsets = torch.zeros(3, 4, dtype=torch.uint8)
+    bank = ProfileBank(bank.config, content.bits, content.gain_bits, NAMES, content.shared, offsets)
+    with pytest.raises(MergeError, match="offsets of 2 outputs"):
+        bank.to_lora("ann", tmp_path / "base")
+
+
 def test_a_quantised_base_serves_parallel_profiles_only(tmp_path):
     config = llama().config
     config.quantization_config = {"quant_method": "gptq", "bits": 4}

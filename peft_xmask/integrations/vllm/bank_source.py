@@ -103,10 +103,10 @@ def refuse_unservable(bank: ProfileBank) -> None:
     """Refuse a bank that vLLM cannot serve, as far as its own files say.
 
     Raises:
-        MergeError: profiles that are not linear.
+        MergeError: profiles that are not linear or have offsets.
         ConfigError: a bank with a head of its own.
     """
-    refuse_nonlinear(bank.config)
+    refuse_nonlinear(bank)
     if bank.shared:
         raise ConfigError(
             f"This bank has modules that are saved whole ({', '.join(sorted(bank.shared))}), which vLLM cannot load "
