@@ -7,7 +7,16 @@ Importing this package makes its methods known to PEFT; from there on ``peft.get
 from ._version import __version__
 from .core.adapter_folder import ProfileSize
 from .errors import PeftXMaskError, PeftXMaskWarning
-from .integrations import RecordCallback, WeightAdapterCallback, XPEFTCallback, export_lora, export_sparse_delta, fold
+from .integrations import (
+    MeanPooledClassifier,
+    PooledClassifierConfig,
+    RecordCallback,
+    WeightAdapterCallback,
+    XPEFTCallback,
+    export_lora,
+    export_sparse_delta,
+    fold,
+)
 from .pool import AdapterPool
 from .profiles import Profile, ProfileBank
 from .tuners.base.profile_size import profile_size
@@ -20,8 +29,10 @@ __all__ = [
     "AdapterPool",
     "BottleneckConfig",
     "MagnitudeMaskConfig",
+    "MeanPooledClassifier",
     "PeftXMaskError",
     "PeftXMaskWarning",
+    "PooledClassifierConfig",
     "Profile",
     "ProfileBank",
     "ProfileSize",

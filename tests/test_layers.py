@@ -12,7 +12,7 @@ import peft_xmask
 
 ROOT = Path(peft_xmask.__file__).parent
 
-FLOORS = ("errors", "core", "pool", "tuners", "bank", "training", "cli")
+FLOORS = ("errors", "core", "pool", "tuners", "bank", "training", "people", "cli")
 """From the ground up. A module imports from its own floor and from those below."""
 
 BESIDE = {"integrations": "training", "reference": "tuners"}

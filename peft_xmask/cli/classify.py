@@ -10,16 +10,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
-    AutoModel,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,13 +31,22 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..core.files import write_text
+from ..core.fingerprint import digest_of
 from ..errors import ConfigError, FileFormatError
-from ..integrations.pooled_classifier import MeanPooledClassifier
+from ..integrations.pooled_classifier import (
+    PooledClassifierConfig,
+    load_classifier,
+    load_tokenizer,
+    read_classifier,
+)
+from ..tuners.base.classifier import Classifier
+from ..tuners.base.config import TargetConfig
+from ..tuners.base.model_card import complete_plain_card
 from .scores import Evaluation, accuracy, macro_f1
 from .train_settings import TrainSettings
 
-POOLINGS = ("mean", "model")
-LABELS_FILE = "labels.json"
+RUN_FILE = "run.json"
+"""Beside checkpoints: digests of what the run is of."""
 
 Examples = Sequence[tuple[str, int]]
 """Pairs of a text and a label number."""
@@ -58,8 +64,7 @@ class TextClassifier:
         model: the PEFT model.
         tokenizer: of the base.
         label_names: a label number is an index into them.
-        pooling: ``"mean"`` (:class:`~peft_xmask.integrations.pooled_classifier.MeanPooledClassifier`) or ``"model"``
-            (the architecture's own).
+        pooling: ``"mean"`` (:class:`~peft_xmask.MeanPooledClassifier`) or ``"model"`` (the architecture's own).
         max_length: tokens after which a text is cut.
     """
 
@@ -86,9 +91,14 @@ class TextClassifier:
             ConfigError: fewer than two labels, or an unknown pooling.
             OSError: the base cannot be found.
         """
-        tokenizer = _load_tokenizer(base)
+        if len(label_names) < 2:
+            raise ConfigError(f"Expected at least two labels to tell apart, found {list(label_names)}.")
+        head = Classifier(tuple(label_names), pooling, max_length)
+        tokenizer = load_tokenizer(base)
         set_seed(seed)
-        model = get_peft_model(load_base(base, label_names, pooling, tokenizer), config)
+        model = get_peft_model(load_base(base, head, tokenizer), config)
+        if isinstance(config, TargetConfig):
+            config.classifier = head.to_fields()
         return cls(model, tokenizer, list(label_names), pooling, max_length)
 
     @classmethod
@@ -96,7 +106,7 @@ class TextClassifier:
         """Read what :meth:`save` wrote, onto ``base`` or the base that the adapter's config names.
 
         Raises:
-            FileFormatError: no adapter, or no readable ``labels.json``, in the folder.
+            FileFormatError: no adapter, or no readable ``config.json``, in the folder.
             OSError: the base cannot be found.
         """
         folder = Path(folder)
@@ -104,21 +114,22 @@ class TextClassifier:
             raise FileFormatError(
                 f"Expected an adapter folder with adapter_config.json, found none in '{folder}'. Check the path."
             )
-        notes = _read_labels(folder / LABELS_FILE)
+        head = read_classifier(folder)
         base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
         if not base:
             raise FileFormatError(f"'{folder}' does not name its base model. Pass it (`--base` on the command line).")
-        tokenizer = _load_tokenizer(base)
-        plain = load_base(base, notes["label_names"], notes["pooling"], tokenizer)
-        model = PeftModel.from_pretrained(plain, str(folder)).eval()
-        return cls(model, tokenizer, **notes)
+        tokenizer = load_tokenizer(base)
+        model = PeftModel.from_pretrained(load_base(base, head, tokenizer), str(folder)).eval()
+        return cls(model, tokenizer, list(head.labels), head.pooling, head.max_length or 128)
 
     def save(self, folder: str | Path) -> None:
-        """Write a plain PEFT adapter folder, and ``labels.json`` beside the adapter."""
+        """Write a plain PEFT adapter folder whose ``config.json`` has the label names and the pooling."""
         folder = Path(folder)
         self.model.save_pretrained(str(folder))
-        notes = {"label_names": self.label_names, "pooling": self.pooling, "max_length": self.max_length}
-        write_text(folder / LABELS_FILE, json.dumps(notes, indent=2, ensure_ascii=False) + "\n")
+        config = self.model.peft_config["default"]
+        if not isinstance(config, TargetConfig):  # ours write both when they are saved
+            Classifier(tuple(self.label_names), self.pooling, self.max_length).write_config(folder)
+            complete_plain_card(folder, config)
 
     @property
     def trainable_parameters(self) -> int:
@@ -141,17 +152,20 @@ class TextClassifier:
             examples: pairs of text and label number.
             settings: see :class:`TrainSettings`.
             checkpoints: folder for checkpoints; removed when training ends. Needed if ``settings.checkpoint_every``.
-            resume: continue from the last checkpoint in ``checkpoints``.
+            resume: continue from the last checkpoint in ``checkpoints``, which must be of the same run: the same
+                examples, label names, settings and adapter.
             progress: called after each step.
             optimizer: makes it from two groups, the head's and the adapter's, each with its learning rate; None: AdamW
                 without weight decay.
 
         Raises:
-            ConfigError: no examples, or nothing to resume from.
+            ConfigError: no examples, nothing to resume from, or checkpoints of another run in the folder.
         """
         if not examples:
             raise ConfigError("Expected examples to train on, found none.")
-        last = _last_checkpoint(checkpoints) if resume else None
+        last = None
+        if checkpoints is not None:
+            last = _begin(Path(checkpoints), self._identity(examples, settings), resume)
         with tempfile.TemporaryDirectory() as temporary:
             arguments = _training_arguments(settings, str(checkpoints or temporary))
             trainer = Trainer(
@@ -168,6 +182,19 @@ class TextClassifier:
             shutil.rmtree(checkpoints, ignore_errors=True)
         self.model.eval()
         return float(result.training_loss)
+
+    def _identity(self, examples: Examples, settings: TrainSettings) -> dict[str, str]:
+        """What tells a run from others, by what it is of: a digest each."""
+        content = digest_of(json.dumps(pair, ensure_ascii=False).encode() + b"\n" for pair in examples)
+        fields = sorted(self.model.peft_config["default"].to_dict().items())
+        adapter = {name: str(sorted(value) if isinstance(value, set) else value) for name, value in fields}
+        facts = {
+            "label names": [self.label_names, self.pooling, self.max_length],
+            "settings": asdict(settings),
+            "adapter": {name: value for name, value in adapter.items() if name not in ("training", "logit_scale")},
+        }
+        digests = {name: digest_of([json.dumps(each, sort_keys=True).encode()]) for name, each in facts.items()}
+        return {"examples": content, **digests}
 
     def _groups(self, settings: TrainSettings) -> list[dict[str, Any]]:
         """What is trained: the head with its own learning rate, the adapter with the other."""
@@ -229,26 +256,13 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def load_base(
-    base: str | Path, label_names: Sequence[str], pooling: str, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
-    """The base model with a fresh head for these labels.
+def load_base(base: str | Path, head: Classifier, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The base model with a fresh head.
 
     Raises:
-        ConfigError: fewer than two labels, or an unknown pooling.
         OSError: the base cannot be found.
     """
-    if pooling not in POOLINGS:
-        raise ConfigError(f"pooling={pooling!r} is not known. Expected one of: {', '.join(POOLINGS)}.")
-    if len(label_names) < 2:
-        raise ConfigError(f"Expected at least two labels to tell apart, found {list(label_names)}.")
-    model: PreTrainedModel
-    if pooling == "mean":
-        model = MeanPooledClassifier(AutoModel.from_pretrained(base), len(label_names))
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(label_names))
-    model.config.id2label = dict(enumerate(label_names))
-    model.config.label2id = {name: number for number, name in enumerate(label_names)}
+    model = load_classifier(base, PooledClassifierConfig.of(head))
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -296,29 +310,32 @@ def _training_arguments(settings: TrainSettings, folder: str) -> TrainingArgumen
     )
 
 
-def _last_checkpoint(folder: str | Path | None) -> str:
-    last = get_last_checkpoint(str(folder)) if folder is not None and Path(folder).is_dir() else None
-    if last is None:
-        raise ConfigError(f"Expected a checkpoint to resume from in '{folder}', found none. Train without resuming.")
-    return str(last)
+def _begin(folder: Path, identity: dict[str, str], resume: bool) -> str | None:
+    """The checkpoint to resume from, of this very run; or None, with the folder ready for a new run.
 
-
-def _load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _read_labels(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileFormatError(f"Expected '{path}', which `peft-xmask train` writes, found none. Is this its folder?")
-    try:
-        notes = json.loads(path.read_text(encoding="utf-8"))
-        if set(notes) != {"label_names", "pooling", "max_length"} or not all(
-            isinstance(name, str) for name in notes["label_names"]
-        ):
-            raise ValueError("other fields than label_names, pooling and max_length")
-    except (ValueError, TypeError) as error:
-        raise FileFormatError(f"'{path}' is damaged: {error}. Train again, or restore the file.") from error
-    return dict(notes)
+    Raises:
+        ConfigError: nothing to resume from, or checkpoints that are there already or of another run.
+    """
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    path = folder / RUN_FILE
+    if resume:
+        if last is None:
+            raise ConfigError(
+                f"Expected a checkpoint to resume from in '{folder}', found none. Train without resuming."
+            )
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        other = [name for name, digest in identity.items() if found.get(name) != digest]
+        if other:
+            raise ConfigError(
+                f"The checkpoints in '{folder}' are of another run: it had other {' and other '.join(other)}. Resume "
+                "with the command of that run, or train without resuming into another folder."
+            )
+        return str(last)
+    if last is not None:
+        raise ConfigError(
+            f"'{folder}' has checkpoints of an earlier run, which would be mixed up with this one's. Pass --resume to "
+            "continue that run, or remove the folder."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(identity, indent=2) + "\n")
+    return None

@@ -79,7 +79,7 @@ def describe_adapter(folder: Path) -> dict[str, Any]:
         "base_model": config.get("base_model_name_or_path"),
         "base_fingerprint": config.get("base_fingerprint"),
         "pool_fingerprint": config.get("pool_fingerprint"),
-        "labels": _labels(folder / "labels.json"),
+        "labels": _labels(folder),
         "sizes": {
             "payload_bytes": size.payload_bytes,
             "head_bytes": size.head_bytes,
@@ -224,9 +224,11 @@ def _part(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
     return next((tensor for key, tensor in tensors.items() if key.endswith(f"mask_table.{name}.weight")), None)
 
 
-def _labels(path: Path) -> list[str] | None:
-    names = _read_json(path).get("label_names") if path.is_file() else None
-    return names if isinstance(names, list) else None
+def _labels(folder: Path) -> list[str] | None:
+    from ..integrations.pooled_classifier import read_classifier
+    from ..tuners.base.classifier import CONFIG_FILE
+
+    return list(read_classifier(folder).labels) if (folder / CONFIG_FILE).is_file() else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def load_model(name: str, task: Any, adapter: Path | None = None) -> nn.Module:
 
     from ..errors import ConfigError
 
-    if adapter is not None and (adapter / "labels.json").is_file():
+    if adapter is not None and (adapter / "config.json").is_file():
         from .classify import TextClassifier
 
         inner: Any = TextClassifier.load(adapter, name).model

@@ -60,7 +60,7 @@ def test_whole_number_labels_from_parquet_and_a_held_out_share(data, minilm, cli
     assert done.status == 0
     assert "48 examples, 3 labels" in done.out
     assert "accuracy" in done.out
-    assert json.loads((out / "labels.json").read_text())["label_names"] == ["0", "1", "2"]
+    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "0", "1": "1", "2": "2"}
 
 
 def test_the_models_own_pooling_and_soft_masks(data, minilm, cli, tmp_path):
@@ -75,15 +75,15 @@ def test_the_models_own_pooling_and_soft_masks(data, minilm, cli, tmp_path):
     assert cli("eval", "--adapter", out, "--data", data["csv"], *COLUMNS).status == 0
 
 
-def test_resume_continues_to_the_very_weights_of_an_uninterrupted_run(data, minilm, cli, tmp_path):
+def test_resume_continues_to_the_very_weights_of_an_uninterrupted_run(data, rows, minilm, cli, tmp_path):
     common = (
         "train", "--base", minilm, "--data", data["jsonl"], *COLUMNS, *QUICK[2:], "--max-steps", 4,
         "--num-adapters", 10, "--bottleneck-size", 4,
     )  # fmt: skip
     assert cli(*common, "--out", tmp_path / "whole").status == 0
 
-    rows = read_rows(str(data["jsonl"]), "doc", "chapter")
-    names = label_names_of(rows)
+    examples = read_rows(str(data["jsonl"]), "doc", "chapter")
+    names = label_names_of(examples)
     config = method_config("xpeft", num_adapters=10, bottleneck_size=4)
     classifier = TextClassifier.create(minilm, names, config, max_length=24)
     rates = {"learning_rate": LEARNING_RATES["xpeft"], "head_learning_rate": HEAD_LEARNING_RATE}
@@ -96,10 +96,23 @@ def test_resume_continues_to_the_very_weights_of_an_uninterrupted_run(data, mini
     checkpoints = tmp_path / "resumed" / "checkpoints"
     with pytest.raises(KeyboardInterrupt):
         classifier.train(
-            number_labels(rows, names, "rows"), settings, checkpoints=checkpoints, progress=stop_after_three
+            number_labels(examples, names, "rows"), settings, checkpoints=checkpoints, progress=stop_after_three
         )
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-2"]
-    done = cli(*common, "--checkpoint-every", 2, "--out", tmp_path / "resumed", "--resume")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "run.json"]
+    again = (*common, "--checkpoint-every", 2, "--out", tmp_path / "resumed")
+    swapped = tmp_path / "swapped.jsonl"
+    one, other = rows[0][1], rows[-1][1]
+    turned = data["jsonl"].read_text().replace(one, "\0").replace(other, one).replace("\0", other)
+    swapped.write_text(turned)
+    refused = cli(*[swapped if part == data["jsonl"] else part for part in again], "--resume")
+    assert refused.status == 2
+    assert "are of another run: it had other examples." in refused.err
+    refused = cli(*again, "--resume", "--seed", 1)
+    assert "it had other settings." in refused.err
+    refused = cli(*again)
+    assert refused.status == 2
+    assert "Pass --resume to continue that run" in refused.err
+    done = cli(*again, "--resume")
     assert done.status == 0, done.err
     whole, resumed = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "resumed"))
     assert whole == resumed

@@ -78,7 +78,7 @@ def test_the_table_has_what_a_profile_belongs_to_and_its_bytes(saved, model):
         "modules saved whole, such as a head": f"{size.head_bytes} bytes",
         "file `adapter_model.safetensors`": f"{size.file_bytes} bytes",
         "pool, once for all profiles": "0 bytes",
-        "trained": "not recorded; `peft_xmask.RecordCallback` in the Trainer does so",
+        "trained": "not recorded. Add `peft_xmask.RecordCallback` to the Trainer to record it.",
         "made with": rows(saved)["made with"],
     }
     assert rows(saved)["made with"].startswith("peft_xmask ")

@@ -40,6 +40,8 @@ class TargetConfig(PeftConfig):
         modules_to_save: modules, such as a classification head, that are trained and saved whole.
         base_fingerprint: of the adapted base weights; recorded when the adapter is made, checked when it is loaded.
         training: how the adapter was trained, if a :class:`~peft_xmask.RecordCallback` took note; shown on its card.
+        classifier: pooling and label names of the classification head that is saved with the adapter, see
+            :class:`~peft_xmask.tuners.base.classifier.Classifier`; recorded when the adapter is made.
 
     Raises:
         ConfigError: ``layers_pattern`` without ``layers_to_transform``.
@@ -54,6 +56,7 @@ class TargetConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
     base_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of the adapted base weights."})
     training: dict[str, Any] | None = field(default=None, metadata={"help": "How the adapter was trained."})
+    classifier: dict[str, Any] | None = field(default=None, metadata={"help": "Pooling and label names of the head."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,7 +18,7 @@ from typing import Any
 import peft
 import safetensors
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from ..._version import __version__
 from ...core.adapter_folder import ADAPTER_FILE, CONFIG_FILE, folder_size
@@ -26,6 +26,8 @@ from ...core.files import write_text
 from ...core.hub import Folder, HubPath, hub_id, shown_name
 from ...errors import PeftXMaskWarning
 from ...pool.storage import JSON_FILE, stored_bytes
+from .classifier import CONFIG_FILE as MODEL_CONFIG
+from .classifier import Classifier
 from .config import CardPool, TargetConfig
 
 CARD_FILE = "README.md"
@@ -48,6 +50,7 @@ TAGS = {
 }
 _LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 _HEAD = re.compile(r"(^|\.)(classifier|score|classifier\.out_proj)\.weight$")
+_ADAPTER = "path-or-hub-id-of-this-adapter"
 _EMPTY = "---\nlibrary_name: peft\n---\n"
 _GENERATED = re.compile(r"\s*|### Framework versions|- PEFT \S+|.*model card has been automatically generated\.")
 
@@ -59,25 +62,43 @@ def complete_card(folder: Path, config: TargetConfig, adapter_id: str | None = N
     template of PEFT or transformers goes. Saving never fails for the card's sake: what goes wrong is a
     :class:`~peft_xmask.PeftXMaskWarning`, and the card is then left as it was.
 
+    Beside the card it writes ``config.json`` where a classification head pools or has label names that its loader must
+    know: transformers' Auto classes and pipelines read that file.
+
     Args:
         folder: with ``adapter_model.safetensors`` and ``adapter_config.json``.
         config: of the adapter.
         adapter_id: under which others will find it; None: not known.
     """
-    path = folder / CARD_FILE
     if not all((folder / name).is_file() for name in (ADAPTER_FILE, CONFIG_FILE)):
         return
+    head = None if config.classifier is None else Classifier.from_fields(config.classifier)
+    if head is not None and (head.pooling != "model" or head.has_names):
+        head.write_config(folder)
+    _complete(folder, config, [*_how_to_load(folder, config, adapter_id), "", *_table(folder, config)])
+
+
+def complete_plain_card(folder: Path, config: PeftConfig) -> None:
+    """Put how to load it first on the card of an adapter of PEFT's own methods, which has a ``config.json`` beside it.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    _complete(folder, config, _how_to_load_a_classifier(folder, config, None, []))
+
+
+def _complete(folder: Path, config: PeftConfig, section: list[str]) -> None:
+    path = folder / CARD_FILE
     try:
         card = ModelCard(path.read_text(encoding="utf-8-sig") if path.is_file() else _EMPTY)
-        section = "\n".join([*_how_to_load(folder, config, adapter_id), "", *_table(folder, config), "", END])
         _complete_metadata(card.data, config)
-        card.text = _with_section(card.text, section)
+        card.text = _with_section(card.text, "\n".join([*section, "", END]))
         write_text(path, str(card))
     except Exception as error:  # a card is worth less than the adapter that is being saved
         warnings.warn(
             f"The adapter is saved, but its model card '{path}' could not be completed: {error}",
             PeftXMaskWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -146,7 +167,7 @@ def _template_lines() -> frozenset[str]:
     return frozenset(line.strip() for line in ModelCard.from_template(ModelCardData()).text.splitlines())
 
 
-def _complete_metadata(data: Any, config: TargetConfig) -> None:
+def _complete_metadata(data: Any, config: PeftConfig) -> None:
     """Set the library, method and base model; the Hub refuses a card whose base model is a folder of this machine."""
     data["library_name"] = "peft"
     bases = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []
@@ -154,30 +175,63 @@ def _complete_metadata(data: Any, config: TargetConfig) -> None:
     data["base_model"] = known[0] if len(known) == 1 else known
     prefix = "base_model:adapter:"
     kept = [tag for tag in data.tags or [] if not tag.startswith(prefix) or hub_id(tag.removeprefix(prefix))]
-    data["tags"] = sorted({*kept, "peft", TAGS.get(_method(config), "adapter")})
+    data["tags"] = sorted({*kept, "peft", TAGS.get(_method(config), _method(config).lower())})
 
 
 def _how_to_load(folder: Path, config: TargetConfig, adapter_id: str | None) -> list[str]:
+    pool = config.card_pool()
+    replace_pool: list[str] = []
+    if pool is not None and pool.needed and not _pool_place(pool):
+        replace_pool = ["peft_config = peft_xmask.XPEFTConfig.from_pretrained(adapter)"]
+        replace_pool += ['peft_config.pool = "path-or-hub-id-of-the-pool"']
+    if (folder / MODEL_CONFIG).is_file() and config.classifier is not None:
+        return _how_to_load_a_classifier(folder, config, adapter_id, replace_pool)
     facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    base = hub_id(config.base_model_name_or_path) or "path-or-hub-id-of-the-base-model"
-    adapter = adapter_id or "path-or-hub-id-of-this-adapter"
     found = facts.get("auto_mapping") or {}
     in_transformers = str(found.get("parent_library", "transformers")).startswith("transformers")
     auto = AUTO_CLASSES.get(facts.get("task_type") or "") or found.get("base_model_class")
     lines = [*BEGIN.splitlines(), "from peft import PeftModel"]
+    base = hub_id(config.base_model_name_or_path) or "path-or-hub-id-of-the-base-model"
+    place = f'adapter = "{adapter_id or _ADAPTER}"'
     if auto and in_transformers:
         labels = _number_of_labels(folder, facts)
-        lines += [f"from transformers import {auto}", ""]
+        lines += [f"from transformers import {auto}", "", place]
         lines += [f'base_model = {auto}.from_pretrained("{base}"{f", num_labels={labels}" if labels else ""})']
     else:
-        lines += ["", f"base_model = ...  # {found.get('base_model_class', 'the base model')}, as it was adapted"]
-    arguments = f'base_model, "{adapter}"'
-    pool = config.card_pool()
-    if pool is not None and pool.needed and not _pool_place(pool):
-        lines.append(f'config = peft_xmask.XPEFTConfig.from_pretrained("{adapter}")')
-        lines.append('config.pool = "path-or-hub-id-of-the-pool"')
-        arguments += ", config=config"
-    return [*lines, f"model = PeftModel.from_pretrained({arguments})", "```"]
+        lines += ["", place]
+        lines += [f"base_model = ...  # {found.get('base_model_class', 'the base model')}, as it was adapted"]
+    return [*lines, *replace_pool, _load_onto("base_model", replace_pool), "```"]
+
+
+def _how_to_load_a_classifier(
+    folder: Path, config: PeftConfig, adapter_id: str | None, replace_pool: list[str]
+) -> list[str]:
+    """Code that answers with label names; what it does not know it reads from the adapter's files."""
+    is_bank = any(folder.glob("profiles-*.safetensors"))
+    base = hub_id(config.base_model_name_or_path)
+    lines = [*BEGIN.splitlines(), f"from peft import {'' if base else 'PeftConfig, '}PeftModel"]
+    if is_bank:
+        lines = [*BEGIN.splitlines(), *([] if base else ["from peft import PeftConfig"])]
+    lines += ["from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer", ""]
+    lines += [f'adapter = "{adapter_id or _ADAPTER}"']
+    lines += [f'base = "{base}"' if base else "base = PeftConfig.from_pretrained(adapter).base_model_name_or_path"]
+    lines += ["config = AutoConfig.from_pretrained(adapter)  # pooling and label names"]
+    lines += ["base_model = AutoModelForSequenceClassification.from_pretrained(base, config=config)"]
+    if is_bank:
+        lines += ["bank = peft_xmask.ProfileBank.from_pretrained(adapter)", "model = bank.attach(base_model)"]
+    else:
+        lines += [*replace_pool, _load_onto("base_model", replace_pool)]
+    length = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8")).get("text_length")
+    lines += ["", "tokenizer = AutoTokenizer.from_pretrained(base)"]
+    cut = f"truncation=True, max_length={length}" if length else "truncation=True"
+    lines += [f'batch = tokenizer(["A text to classify."], padding=True, {cut}, return_tensors="pt")']
+    names = ", adapter_names=[next(iter(bank))]" if is_bank else ""
+    lines += [f"logits = model.eval()(**batch{names}).logits"]
+    return [*lines, "print([model.config.id2label[number] for number in logits.argmax(-1).tolist()])", "```"]
+
+
+def _load_onto(base_model: str, replaced: list[str]) -> str:
+    return f"model = PeftModel.from_pretrained({base_model}, adapter{', config=peft_config' if replaced else ''})"
 
 
 def _number_of_labels(folder: Path, facts: dict[str, Any]) -> int | None:
@@ -210,14 +264,14 @@ def _table(folder: Path, config: TargetConfig) -> list[str]:
     return ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
 
 
-def _method(config: TargetConfig) -> str:
+def _method(config: PeftConfig) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _training(facts: dict[str, Any] | None) -> str:
     """How it was trained, in a line."""
     if facts is None:
-        return "not recorded; `peft_xmask.RecordCallback` in the Trainer does so"
+        return "not recorded. Add `peft_xmask.RecordCallback` to the Trainer to record it."
     said = dict(facts)
     counts = [(said.pop(name, None), unit) for name, unit in (("steps", "steps"), ("epochs", "epochs"))]
     parts = [f"{count:,} {unit}" for count, unit in counts if count is not None]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...core.fingerprint import fingerprint_weights
 from ...errors import BaseMismatchError, ConfigError
+from .classifier import Classifier
 from .config import TargetConfig
 from .peft_private import (
     AuxiliaryTrainingWrapper,
@@ -38,6 +39,7 @@ class TargetTuner(BaseTuner):
 
         Raises:
             ConfigError: an adapter of this name exists, or a ``state_dict`` should choose the targets.
+            ConfigError: the adapter's head pools otherwise than the model, or has its labels in another order.
             TargetError, BaseMismatchError: see :meth:`_prepare_model`.
         """
         if kwargs.get("state_dict") is not None:
@@ -45,6 +47,7 @@ class TargetTuner(BaseTuner):
                 f"{self.peft_config[adapter_name].peft_type} cannot find its targets in a state dict, since its file "
                 "does not name them. Pass a config with `target_modules` instead."
             )
+        _agree_on_head(self.peft_config[adapter_name], model)
         self._injecting = adapter_name
         self._parts: dict[str, Any] = {}
         try:
@@ -180,6 +183,14 @@ class TargetTuner(BaseTuner):
             raise ConfigError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+
+
+def _agree_on_head(config: Any, model: nn.Module) -> None:
+    """Record the model's classification head in a new adapter's config, or check that it is the one recorded there."""
+    if config.classifier is not None:
+        Classifier.from_fields(config.classifier).give_to(model)
+    elif config.task_type == "SEQ_CLS" and (head := Classifier.of(model)) is not None:
+        config.classifier = head.to_fields()
 
 
 def _pass_adapter_names(
