@@ -36,6 +36,11 @@ def check_alike(bank: BankRows, other: BankRows) -> None:
         raise ConfigError(
             f"Expected profiles like those of this bank, found {said or f'{other.spec.num_sites} sites'}."
         )
+    if mine.classifier != theirs.classifier:
+        raise ConfigError(
+            f"Expected profiles whose head has the labels and the pooling of this bank's, {mine.classifier!r:.300}; "
+            f"found {theirs.classifier!r:.300}."
+        )
     if bank.offset_count != other.offset_count:
         raise ConfigError(
             f"Expected profiles with offsets for {bank.offset_count} outputs, as this bank has, found profiles with "

@@ -22,6 +22,7 @@ from ..core.files import write_atomically, write_text
 from ..core.hub import CONFIG_FILE, Folder
 from ..core.tensor_file import MappedTensors, header_sha256, map_tensors, write_tensor_stream
 from ..errors import FileFormatError, LockedError
+from ..tuners.base.classifier import CONFIG_FILE as MODEL_CONFIG
 from ..tuners.base.model_card import complete_card
 from ..tuners.xpeft import XPEFTConfig
 from .config import config_of, fields_of
@@ -33,7 +34,7 @@ ROWS = (BITS, GAIN_BITS, OFFSET_BITS)
 """Tensors with a row for each profile, by their names in a file."""
 
 NAMES_PATTERN = "profiles-*.safetensors"
-FILENAMES = (CONFIG_FILE, ADAPTER_FILE, NAMES_PATTERN, "README.md")
+FILENAMES = (CONFIG_FILE, ADAPTER_FILE, NAMES_PATTERN, MODEL_CONFIG, "README.md")
 LOCK_FILE = ".bank.lock"
 VERSION = "2"
 VERSION_KEY, CONFIG_KEY, DATA_KEY, HEADER_KEY = "bank_version", "bank_config", "bank_data_sha256", "bank_header_sha256"

@@ -21,7 +21,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from peft import PeftConfig, PeftModel
 
 from ..._version import __version__
-from ...core.adapter_folder import ADAPTER_FILE, CONFIG_FILE, folder_size
+from ...core.adapter_folder import ADAPTER_FILE, CONFIG_FILE, NAMES_PREFIX, folder_size
 from ...core.files import write_text
 from ...core.hub import Folder, HubPath, hub_id, shown_name
 from ...errors import PeftXMaskWarning
@@ -207,7 +207,9 @@ def _how_to_load_a_classifier(
     folder: Path, config: PeftConfig, adapter_id: str | None, replace_pool: list[str]
 ) -> list[str]:
     """Code that answers with label names; what it does not know it reads from the adapter's files."""
-    is_bank = any(folder.glob("profiles-*.safetensors"))
+    with safetensors.safe_open(str(folder / ADAPTER_FILE), framework="pt") as tensors:
+        names: list[str] = tensors.keys()
+        is_bank = any(name.startswith(NAMES_PREFIX) for name in names)
     base = hub_id(config.base_model_name_or_path)
     lines = [*BEGIN.splitlines(), f"from peft import {'' if base else 'PeftConfig, '}PeftModel"]
     if is_bank:
