@@ -18,7 +18,7 @@ from .integrations import (
     fold,
 )
 from .pool import AdapterPool
-from .profiles import Profile, ProfileBank
+from .profiles import LiveBank, Profile, ProfileBank
 from .tuners.base.profile_size import profile_size
 from .tuners.bottleneck import BottleneckConfig
 from .tuners.magnitude_mask import MagnitudeMaskConfig
@@ -28,6 +28,7 @@ from .tuners.xpeft import XPEFTConfig
 __all__ = [
     "AdapterPool",
     "BottleneckConfig",
+    "LiveBank",
     "MagnitudeMaskConfig",
     "MeanPooledClassifier",
     "PeftXMaskError",

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from .bank.bank import ProfileBank
 from .bank.difference import Change, Difference, compare_banks
+from .bank.live import LiveBank
 from .bank.profile import Profile
 from .bank.similar import Neighbour
 from .bank.verification import Problem, Verification, verify_bank
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Change",
     "Difference",
+    "LiveBank",
     "Neighbour",
     "Problem",
     "Profile",

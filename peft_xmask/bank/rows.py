@@ -95,7 +95,7 @@ class BankRows:
         )
         assert bits is not None
         profile = Profile(bits, gain_bits, offset_bits)
-        self._check(profile)
+        self.check(profile)
         return profile
 
     @property
@@ -117,7 +117,7 @@ class BankRows:
         """
         name = as_name(name)
         check_name(name)
-        self._check(profile)
+        self.check(profile)
         if self._row(name) is not None:
             self._removed.add(name)
         self._added[name] = profile
@@ -225,7 +225,13 @@ class BankRows:
     def _unknown(self, name: str) -> KeyError:
         return KeyError(f"No profile {name!r} in this bank of {len(self)}.")
 
-    def _check(self, profile: Profile) -> None:
+    def check(self, profile: Profile) -> None:
+        """Refuse a profile that is not of this bank's kind.
+
+        Raises:
+            FileFormatError: it has gains or offsets and the bank has none, or the other way round.
+            MaskFormatError: another shape, or bytes that are not those of a profile.
+        """
         gain_bits, offset_bits = profile.gain_bits, profile.offset_bits
         if (gain_bits is None) == self.spec.learn_gain:
             raise FileFormatError(f"Expected a profile with learn_gain={self.spec.learn_gain}, found another.")

@@ -36,6 +36,7 @@ ROWS = (BITS, GAIN_BITS, OFFSET_BITS)
 NAMES_PATTERN = "profiles-*.safetensors"
 FILENAMES = (CONFIG_FILE, ADAPTER_FILE, NAMES_PATTERN, MODEL_CONFIG, "README.md")
 LOCK_FILE = ".bank.lock"
+LIVE_FILE = "live_bank.sqlite"
 VERSION = "2"
 VERSION_KEY, CONFIG_KEY, DATA_KEY, HEADER_KEY = "bank_version", "bank_config", "bank_data_sha256", "bank_header_sha256"
 _NAMES_KEY = "bank_names"  # of version 1
@@ -102,6 +103,11 @@ def open_bank(folder: Folder) -> StoredBank:
         FileFormatError: a file is missing or damaged, or is of another method or a later version.
     """
     path = folder.path / ADAPTER_FILE
+    if not path.exists() and (folder.path / LIVE_FILE).exists():
+        raise FileFormatError(
+            f"'{folder.path}' holds a live bank. Open it with LiveBank.open, or freeze it into another folder: "
+            "`peft-xmask bank freeze`."
+        )
     file = map_tensors(path)
     version = file.metadata.get(VERSION_KEY)
     if not any(key.startswith("bank_") for key in file.metadata):
