@@ -17,7 +17,7 @@ from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.model import find_table
 from .bake import BakedLora, LoraBaker
 from .compatibility import check_alike
-from .merging import write_merged
+from .merging import without_twins, write_merged
 from .names import as_names
 from .profile import Profile
 from .rows import BankRows
@@ -55,7 +55,9 @@ class ProfileBank(BankRows):
             FileFormatError: files that are missing or damaged, or do not belong together.
         """
         stored = open_bank(find_folder(where, FILENAMES, HubOptions(revision, token, cache_dir), subfolder))
-        return cls._of(stored.config, stored.content)
+        bank = cls._of(stored.config, stored.content)
+        bank.place = f"'{os.fspath(where)}'"
+        return bank
 
     @classmethod
     def _of(cls, config: XPEFTConfig, content: Content) -> ProfileBank:
@@ -166,9 +168,19 @@ class ProfileBank(BankRows):
 
     @classmethod
     def merge(
-        cls, banks: Sequence[ProfileBank | str | os.PathLike[str]], folder: str | os.PathLike[str]
+        cls,
+        banks: Sequence[ProfileBank | str | os.PathLike[str]],
+        folder: str | os.PathLike[str],
+        *,
+        prefer: str | None = None,
     ) -> ProfileBank:
         """Write several banks as one and open it. Masks stream from file to file; names are held in memory.
+
+        Args:
+            banks: opened, or where they are.
+            folder: to write to; it may be that of one of the banks.
+            prefer: whose profile is kept where several banks have one of a name, ``"first"`` or ``"last"``; None:
+                a name in two banks is refused.
 
         Raises:
             ConfigError: no banks, a name in two of them, other settings, or other heads.
@@ -180,7 +192,7 @@ class ProfileBank(BankRows):
             raise ConfigError("Expected at least one bank to merge, found none.")
         for other in opened[1:]:
             check_alike(opened[0], other)
-        write_merged(opened, Path(folder))
+        write_merged(without_twins(opened, prefer), Path(folder))
         return cls.from_pretrained(folder)
 
     def push_to_hub(

@@ -14,18 +14,19 @@ _KIND = ("num_adapters", "bottleneck_size", "mask_type", "top_k", "mask_norm", "
 
 
 def check_alike(bank: BankRows, other: BankRows) -> None:
-    """Refuse profiles that do not belong in a bank.
+    """Refuse profiles that do not belong in a bank. The error says where both come from, as far as that is known.
 
     Raises:
         BaseMismatchError, PoolMismatchError: they are of another base or pool.
         ConfigError: they have other settings, or another head.
     """
     mine, theirs = bank.config, other.config
+    here, there = bank.place or "this bank", f" in {other.place}" if other.place else ""
     for field, error in (("pool_fingerprint", PoolMismatchError), ("base_fingerprint", BaseMismatchError)):
         if getattr(mine, field) != getattr(theirs, field):
             raise error(
-                f"Expected profiles with {field}={getattr(mine, field)!r}, as this bank has, found "
-                f"{getattr(theirs, field)!r}. Profiles serve the base and pool they were trained on.",
+                f"Expected profiles with {field}={getattr(mine, field)!r}, as {here} has, found "
+                f"{getattr(theirs, field)!r}{there}. Profiles serve the base and pool they were trained on.",
                 expected=getattr(mine, field),
                 found=getattr(theirs, field),
             )
@@ -34,22 +35,22 @@ def check_alike(bank: BankRows, other: BankRows) -> None:
     if other_fields or bank.spec.num_sites != other.spec.num_sites:
         said = ", ".join(f"{name}={getattr(theirs, name)!r} (not {getattr(mine, name)!r})" for name in other_fields)
         raise ConfigError(
-            f"Expected profiles like those of this bank, found {said or f'{other.spec.num_sites} sites'}."
+            f"Expected profiles like those of {here}, found {said or f'{other.spec.num_sites} sites'}{there}."
         )
     if mine.classifier != theirs.classifier:
         raise ConfigError(
-            f"Expected profiles whose head has the labels and the pooling of this bank's, {mine.classifier!r:.300}; "
-            f"found {theirs.classifier!r:.300}."
+            f"Expected profiles whose head has the labels and the pooling of {here}, {mine.classifier!r:.300}; "
+            f"found {theirs.classifier!r:.300}{there}."
         )
     if bank.offset_count != other.offset_count:
         raise ConfigError(
-            f"Expected profiles with offsets for {bank.offset_count} outputs, as this bank has, found profiles with "
-            f"offsets for {other.offset_count}."
+            f"Expected profiles with offsets for {bank.offset_count} outputs, as {here} has, found profiles with "
+            f"offsets for {other.offset_count} outputs{there}."
         )
     if other.shared and not same_tensors(bank.shared, other.shared):
         raise ConfigError(
-            "Expected the head that all profiles of this bank share, found another one. A bank holds masks for one "
-            "head: train profiles with the head fixed, or keep them as adapters of their own."
+            f"Expected the head that all profiles of {here} share, found another one{there}. A bank holds masks for "
+            "one head: train profiles with the head fixed, or keep them as adapters of their own."
         )
 
 

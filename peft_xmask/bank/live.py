@@ -209,6 +209,28 @@ class LiveBank:
                 raise KeyError(f"No profile {name!r} in this live bank.")
             return self._changed(connection, -1)
 
+    def rename(self, old: str | int, new: str | int) -> int:
+        """Give a profile another name. Returns the bank's new version.
+
+        Raises:
+            KeyError: no such profile.
+            ConfigError: an invalid new name, or one that another profile has.
+        """
+        profile, key, target = self[old], check_name(as_name(old)), check_name(as_name(new))
+        data = _bytes_of(profile)
+        with self._writing() as connection:
+            if target != key and self._count(connection, [target]):
+                raise ConfigError(
+                    f"There is a profile called {as_name(new)!r} already. Delete it, or choose another name."
+                )
+            changed = connection.execute(
+                "UPDATE profiles SET name = ?, crc = ? WHERE name = ? AND data = ?",
+                (target, _crc(target, data), key, data),
+            ).rowcount
+            if not changed:
+                raise KeyError(f"The profile {old!r} was changed or deleted meanwhile.")
+            return self._changed(connection, 0)
+
     def freeze(self, folder: str | os.PathLike[str]) -> ProfileBank:
         """Write the profiles as an immutable bank, in the order of their names, and open it.
 

@@ -9,13 +9,49 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..errors import ConfigError
+from ..tuners.base.config import require_choice
 from .names import NameIndex
 from .rows import BankRows
 from .storage import write_bank
 
+PREFERENCES = ("first", "last")
+
+
+def without_twins(banks: Sequence[BankRows], prefer: str | None) -> list[BankRows]:
+    """Banks in which each name comes once.
+
+    Args:
+        prefer: whose profile is kept where several banks have one of a name: ``"first"`` or ``"last"``.
+
+    Raises:
+        ConfigError: a name in two of them and no preference, or an unknown preference.
+    """
+    if prefer is not None:
+        require_choice("prefer", prefer, PREFERENCES)
+    order = list(enumerate(banks))
+    seen: dict[str, int] = {}
+    kept = dict(order)
+    for number, bank in reversed(order) if prefer == "last" else order:
+        twins = [name for name in bank if seen.setdefault(name, number) != number]
+        if twins and prefer is None:
+            more = f" (and {len(twins) - 1:,} more)" if len(twins) > 1 else ""
+            places = f"{_called(banks, seen[twins[0]])} and {_called(banks, number)}"
+            raise ConfigError(
+                f"The profile {twins[0]!r}{more} is in both {places}. "
+                "Rename or remove one, or say whose is kept: prefer='first' or 'last' (--prefer)."
+            )
+        if twins:
+            kept[number] = bank.without(twins)
+    return [kept[number] for number, _ in order]
+
+
+def _called(banks: Sequence[BankRows], number: int) -> str:
+    return banks[number].place or f"bank {number + 1} of {len(banks)}"
+
 
 def write_merged(banks: Sequence[BankRows], folder: Path) -> None:
-    """Write banks as one, their masks a few megabytes at a time.
+    """Write banks as one, their rows a few megabytes at a time.
 
     Raises:
         ConfigError: a name in two of them.

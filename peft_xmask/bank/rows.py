@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,6 +16,9 @@ from ..tuners.xpeft import XPEFTConfig
 from .names import NameIndex, as_name, as_names, check_name
 from .profile import Profile
 from .storage import BITS, ROWS, Content, in_blocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _CHECKED = 4096  # rows that are checked at once
 
@@ -64,6 +69,8 @@ class BankRows:
             raise ConfigError(f"Expected a name for each of {len(bits)} profiles, found {len(self._index)}.")
         self._added: dict[str, Profile] = {}
         self._removed: set[str] = set()
+        self.place: str | None = None
+        """Where the bank was opened, for errors."""
 
     def __len__(self) -> int:
         return len(self._index) - len(self._removed) + len(self._added)
@@ -153,6 +160,14 @@ class BankRows:
         self.put(new, profile)
         self.remove(old)
 
+    def without(self, names: Iterable[str]) -> Self:
+        """The same bank without some of the profiles; those that it does not have are ignored. Nothing is copied."""
+        found = copy.copy(self)
+        gone = [name for name in names if name in self]
+        found._added = {name: profile for name, profile in self._added.items() if name not in set(gone)}
+        found._removed = self._removed | {name for name in gone if self._row(name) is not None}
+        return found
+
     def pick(self, names: Sequence[str]) -> Content:
         """The rows of some profiles, in this order and checked.
 
@@ -223,7 +238,7 @@ class BankRows:
         return None if name in self._removed else self._index.find(name)
 
     def _unknown(self, name: str) -> KeyError:
-        return KeyError(f"No profile {name!r} in this bank of {len(self)}.")
+        return KeyError(f"No profile {name!r} in this bank of {len(self)}{f' ({self.place})' if self.place else ''}.")
 
     def check(self, profile: Profile) -> None:
         """Refuse a profile that is not of this bank's kind.

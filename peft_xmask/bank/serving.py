@@ -19,7 +19,7 @@ def serve(model: nn.Module, adapter_name: str, config: XPEFTConfig, content: Con
     """Add an adapter whose masks stay where they are. It is made with one row, so that nothing is drawn for the others.
 
     Raises:
-        ConfigError: an adapter of this name exists.
+        ConfigError: an adapter of this name exists, or the base has no head like the one that the profiles share.
         BaseMismatchError, PoolMismatchError: the profiles are of another base or pool.
     """
     config = copy.copy(config)
@@ -32,9 +32,23 @@ def serve(model: nn.Module, adapter_name: str, config: XPEFTConfig, content: Con
     else:
         model = get_peft_model(model, config, adapter_name=adapter_name)
     first = {key: tensor[:1] for key, tensor in content.rows.items()}
-    set_peft_model_state_dict(model, {**content.shared, **first}, adapter_name=adapter_name)
+    loaded: Any = set_peft_model_state_dict(model, {**content.shared, **first}, adapter_name=adapter_name)
+    if loaded.unexpected_keys:
+        _take_out(model, adapter_name)
+        raise ConfigError(
+            f"The profiles share modules that this base does not have: {', '.join(sorted(loaded.unexpected_keys))}. "
+            f"Load the base with the same head, for task_type={config.task_type!r}."
+        )
     put_in_place(model, adapter_name, content)
     return model.eval()
+
+
+def _take_out(model: PeftModel, adapter_name: str) -> None:
+    """Leave the base as it was before :func:`serve`."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+    else:
+        model.unload()  # type: ignore[operator]
 
 
 def put_in_place(model: PeftModel, adapter_name: str, content: Content) -> None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice, pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.spec import MaskSpec
 from .bank import ProfileBank
 from .config import fields_of
+from .live import LiveBank, is_live_bank
 from .names import BASE, MAX_BYTES, NameIndex, hash_of
 from .similar import differing_bits
 from .storage import FILENAMES, VERSION, StoredBank, in_blocks, open_bank
@@ -73,13 +75,15 @@ def verify_bank(
     """Check a bank's files as docs/bank-format.md says: checksums, masks, gains, offsets, names and the shared head.
 
     Args:
-        where: folder or Hub repository of a bank.
+        where: folder or Hub repository of a bank, or the folder of a live one.
         deep: load the pool and the base too, and compare their fingerprints with those in the bank.
         base: to compare with, a model or where one is found; None: the one that the bank's config names.
 
     Raises:
         ConfigError: there is no such thing.
     """
+    if is_live_bank(where):
+        return _verify_live(Path(where))
     folder = find_folder(where, FILENAMES, HubOptions())
     try:
         stored = open_bank(folder)
@@ -92,6 +96,17 @@ def verify_bank(
     problems = chain.from_iterable(checks)
     first = tuple(islice(problems, SHOWN))
     return Verification(len(bank), len(first) + sum(1 for _ in problems), first)
+
+
+def _verify_live(folder: Path) -> Verification:
+    try:
+        live = LiveBank.open(folder)
+    except FileFormatError as error:
+        return Verification(None, 1, (Problem(str(error)),))
+    found = [Problem(text if name is None else f"{name!r}: {text}", name=name) for name, text in live.problems()]
+    count = len(live)
+    live.close()
+    return Verification(count, len(found), tuple(found[:SHOWN]))
 
 
 def folder_problems(folder: Folder, stored: StoredBank) -> Iterator[Problem]:

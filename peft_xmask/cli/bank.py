@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +14,7 @@ from .console import bytes_text, output, print_facts, print_json, progress_bar
 
 if TYPE_CHECKING:
     from ..bank.difference import Difference
-    from ..profiles import ProfileBank
+    from ..profiles import LiveBank, ProfileBank
 
 app = typer.Typer(help="Make, look at, check and compare banks of profiles.", no_args_is_help=True)
 
@@ -27,6 +29,7 @@ SIZES = {
     "folder_bytes": "folder",
 }
 Bank = Annotated[str, typer.Argument(help="Folder or Hub id of a bank.")]
+Place = Annotated[Path, typer.Argument(help="Folder of a bank, which is changed.")]
 Out = Annotated[Path, typer.Option(help="Folder to write the bank to.")]
 Replace = Annotated[bool, typer.Option("--replace", help="Write over what is at --out; its readers go on undisturbed.")]
 Names = Annotated[Path | None, typer.Option(help="File of names: one a line, or a JSON list.")]
@@ -79,6 +82,9 @@ def inspect(bank: Bank, as_json: Json = False) -> None:
 def merge(
     banks: Annotated[list[str], typer.Argument(help="Folders or Hub ids of banks.")],
     out: Out,
+    prefer: Annotated[
+        str | None, typer.Option(help="Whose profile is kept where several banks have a name: first or last.")
+    ] = None,
     replace: Replace = False,
 ) -> None:
     """Write several banks as one, streaming. With one bank: copy it."""
@@ -87,8 +93,78 @@ def merge(
     _refuse_present(out, replace)
     opened = [open_bank(bank) for bank in banks]
     with progress_bar(f"merging {len(opened)} banks"):
-        merged = ProfileBank.merge(opened, out)
+        merged = ProfileBank.merge(opened, out, prefer=prefer)
     _print_written(merged, out)
+
+
+@app.command()
+def add(
+    bank: Place,
+    sources: Annotated[list[str], typer.Argument(help="NAME=FOLDER, adapter folders, or folders of them.")],
+    replace: Annotated[bool, typer.Option("--replace", help="Replace profiles that the bank has already.")] = False,
+) -> None:
+    """Put adapters that were trained one by one into a bank, frozen or live."""
+    from ..errors import ConfigError
+
+    found = find_adapters(sources)
+    with _edited(bank) as edited:
+        twins = [name for name in found if name in edited]
+        if twins and not replace:
+            raise ConfigError(f"The bank '{bank}' has a profile {twins[0]!r} already. Rename one, or pass --replace.")
+        for name, folder in found.items():
+            edited.add(name, folder)
+    output.print(f"{len(found):,} profiles put into {bank}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def remove(
+    bank: Place,
+    wanted: Annotated[list[str] | None, typer.Argument(help="Names of profiles.")] = None,
+    names: Names = None,
+) -> None:
+    """Remove profiles from a bank, frozen or live."""
+    chosen = _chosen(wanted, names)
+    with _edited(bank) as edited:
+        for name in chosen:
+            edited.remove(name)
+    output.print(f"{len(chosen):,} profiles removed from {bank}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def rename(
+    bank: Place,
+    old: Annotated[str, typer.Argument(help="Name of a profile.")],
+    new: Annotated[str, typer.Argument(help="The name it is to have.")],
+) -> None:
+    """Give a profile of a bank, frozen or live, another name."""
+    with _edited(bank) as edited:
+        edited.rename(old, new)
+    output.print(f"{_shown(old)} is now called {_shown(new)}", markup=False, soft_wrap=True)
+
+
+@app.command()
+def freeze(
+    live: Annotated[Path, typer.Argument(help="Folder of a live bank.")], out: Out, replace: Replace = False
+) -> None:
+    """Write a live bank as an immutable one, which ships, loads with PEFT and opens at once. The live one goes on."""
+    from ..profiles import LiveBank
+
+    _refuse_present(out, replace)
+    opened = LiveBank.open(live)
+    with progress_bar(f"freezing {len(opened):,} profiles"):
+        frozen = opened.freeze(out)
+    _print_written(frozen, out)
+
+
+@app.command()
+def thaw(bank: Bank, out: Annotated[Path, typer.Option(help="Folder to make the live bank in.")]) -> None:
+    """Make a live bank of an immutable one: profiles can then be put and deleted one by one, while it is served."""
+    from ..profiles import LiveBank
+
+    opened = open_bank(bank)
+    with progress_bar(f"thawing {len(opened):,} profiles"):
+        live = LiveBank.create(out, opened)
+    output.print(f"Live bank of {len(live):,} profiles written to {out}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -100,11 +176,7 @@ def select(
     replace: Replace = False,
 ) -> None:
     """Write some of a bank's profiles as a bank, in the order they are named."""
-    from ..errors import ConfigError
-
-    chosen = [*(wanted or ()), *(() if names is None else read_names(names))]
-    if not chosen:
-        raise ConfigError("Expected names of profiles after the bank or in --names, found none.")
+    chosen = _chosen(wanted, names)
     _refuse_present(out, replace)
     _write(open_bank(bank).select(chosen), out)
 
@@ -162,12 +234,22 @@ def export(
 
 
 @app.command()
-def verify(bank: Bank, as_json: Json = False) -> None:
-    """Check every mask, gain and name of a bank. Exit code 1 if something is wrong."""
+def verify(
+    bank: Bank,
+    deep: Annotated[bool, typer.Option("--deep", help="Load the pool and the base, and compare fingerprints.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="With --deep: folder or Hub id of the base; default: the bank's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a bank, frozen or live: checksums, every mask, gain, offset and name. Exit code 1 if something is wrong."""
+    from ..errors import ConfigError
     from ..profiles import verify_bank
 
+    if base is not None and not deep:
+        raise ConfigError("--base is for --deep, which compares the base's fingerprint with the bank's.")
     with progress_bar(f"checking {bank}"):
-        found = verify_bank(bank)
+        found = verify_bank(bank, deep=deep, base=base)
     if as_json:
         problems = [{"row": each.row, "name": each.name, "problem": each.text} for each in found.problems]
         print_json({"profiles": found.profiles, "sound": not found.total, "total": found.total, "problems": problems})
@@ -206,6 +288,53 @@ def diff(
         _print_difference(found)
     if found:
         raise typer.Exit(1)
+
+
+class _LiveEdits:
+    """A live bank with the methods by which commands edit a bank."""
+
+    def __init__(self, live: LiveBank) -> None:
+        self.live = live
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.live
+
+    def add(self, name: str, folder: str) -> None:
+        bank = self.live.kind.select([])
+        bank.add(name, folder)
+        self.live.put(name, bank[name])
+
+    def remove(self, name: str) -> None:
+        self.live.delete(name)
+
+    def rename(self, old: str, new: str) -> None:
+        self.live.rename(old, new)
+
+
+@contextmanager
+def _edited(place: Path) -> Iterator[ProfileBank | _LiveEdits]:
+    """A bank to edit. A frozen one is written when the block ends without an error; a live one at each edit."""
+    from ..bank.live import LiveBank, is_live_bank
+    from ..errors import ConfigError
+
+    if is_live_bank(place):
+        yield _LiveEdits(LiveBank.open(place))
+        return
+    if not place.is_dir():
+        raise ConfigError(f"Expected the folder of a bank, found none at '{place}'. Banks of the Hub are not changed.")
+    bank = open_bank(str(place))
+    yield bank
+    with progress_bar(f"writing {len(bank):,} profiles"):
+        bank.save_pretrained(place)
+
+
+def _chosen(wanted: list[str] | None, names: Path | None) -> list[str]:
+    from ..errors import ConfigError
+
+    chosen = [*(wanted or ()), *(() if names is None else read_names(names))]
+    if not chosen:
+        raise ConfigError("Expected names of profiles after the bank or in --names, found none.")
+    return chosen
 
 
 def open_bank(where: str) -> ProfileBank:

@@ -148,6 +148,67 @@ def test_a_bank_is_replaced_only_when_that_is_said(bank, cli, tmp_path):
     assert old["Zoë"].bits.any()
 
 
+@pytest.mark.parametrize("kind", ["frozen", "live"])
+def test_adding_removing_and_renaming(kind, adapter, bank, cli, tmp_path):
+    if kind == "live":
+        assert cli("bank", "thaw", bank, "--out", tmp_path / "live").status == 0
+
+    def names() -> list[str]:
+        if kind == "frozen":
+            return list(ProfileBank.from_pretrained(bank))
+        assert cli("bank", "freeze", tmp_path / "live", "--out", tmp_path / "again", "--replace").status == 0
+        return list(ProfileBank.from_pretrained(tmp_path / "again"))
+
+    place = {"frozen": bank, "live": tmp_path / "live"}[kind]
+    before = set(names())
+    done = cli("bank", "add", place, f"eve={adapter(1)}", adapter(2))
+    assert (done.status, done.out) == (0, f"2 profiles put into {place}\n")
+    assert set(names()) == before | {"eve", "user-2"}
+    done = cli("bank", "add", place, f"new={adapter(3)}", f"bob={adapter(3)}")
+    assert done.status == 2
+    assert "has a profile 'bob' already" in done.err
+    assert "new" not in names()
+    assert cli("bank", "add", place, f"bob={adapter(3)}", "--replace").status == 0
+    assert cli("bank", "rename", place, "eve", "evelyn").status == 0
+    assert "'user-2'" in cli("bank", "rename", place, "evelyn", "user-2").err
+    assert cli("bank", "remove", place, "user-2", "tab\there").status == 0
+    assert "nobody" in cli("bank", "remove", place, "nobody").err
+    assert set(names()) == (before | {"evelyn"}) - {"tab\there"}
+    single = ProfileBank.from_pretrained(adapter(3))["0"]
+    found = ProfileBank.from_pretrained({"frozen": bank, "live": tmp_path / "again"}[kind])
+    assert found["bob"] == single
+    assert cli("bank", "verify", place).status == 0
+
+
+def test_merging_with_a_preference(adapter, bank, cli, tmp_path):
+    other = tmp_path / "other"
+    ProfileBank.from_profiles({"bob": adapter(1), "new": adapter(2)}).save_pretrained(other)
+    out = tmp_path / "out"
+    done = cli("bank", "merge", bank, other, "--out", out)
+    assert done.status == 2
+    assert f"'bob' is in both '{bank}' and '{other}'" in done.err
+    for prefer, winner in (("first", bank), ("last", other)):
+        assert cli("bank", "merge", bank, other, "--prefer", prefer, "--out", out, "--replace").status == 0
+        merged = ProfileBank.from_pretrained(out)
+        assert set(merged) == {*ProfileBank.from_pretrained(bank), "new"}
+        assert merged["bob"] == ProfileBank.from_pretrained(winner)["bob"]
+    assert "prefer='best'" in cli("bank", "merge", bank, other, "--prefer", "best", "--out", out, "--replace").err
+
+
+def test_deep_verification(bank, cli, tiny_bert, tmp_path):
+    base = tmp_path / "base"
+    tiny_bert().save_pretrained(base)
+    assert cli("bank", "verify", bank, "--deep", "--base", base).status == 0
+    assert "--deep" in cli("bank", "verify", bank, "--base", base).err
+    model = tiny_bert()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight += 1
+    model.save_pretrained(base)
+    done = cli("bank", "verify", bank, "--deep", "--base", base)
+    assert done.status == 1
+    assert "fingerprint" in done.out
+
+
 def test_mistakes_are_one_line(adapter, bank, cli, tmp_path):
     out = ("--out", tmp_path / "out")
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
@@ -164,13 +225,17 @@ def test_mistakes_are_one_line(adapter, bank, cli, tmp_path):
         (("select", bank, "--names", tmp_path / "bad.txt", *out), "UTF-8"),
         (("select", bank, "--names", tmp_path / "bad.json", *out), "JSON list"),
         (("select", bank, "--names", tmp_path / "none.txt", *out), "none.txt"),
-        (("merge", bank, bank, *out), "'ann' for rows 0 and 5"),
-        (("merge", bank, stranger, *out), "pool_fingerprint"),
+        (("merge", bank, bank, *out), f"'ann' (and 4 more) is in both '{bank}' and '{bank}'"),
+        (("merge", bank, stranger, *out), f"in '{stranger}'. Profiles serve the base and pool"),
         (("build", tmp_path / "empty", *out), "NAME=FOLDER"),
         (("build", f"a={stranger}", f"a={stranger}", *out), "Two adapters are called 'a'"),
         (("build", f"a={tmp_path / 'nowhere'}", *out), "neither a folder"),
         (("build", f"a={bank}", *out), "one profile, found 5"),
         (("diff", bank, adapter(8, num_adapters=40)), "of one size"),
+        (("add", tmp_path / "nowhere", f"a={stranger}"), "Expected the folder of a bank"),
+        (("add", bank, f"a={stranger}"), f"as '{bank}' has"),
+        (("freeze", bank, *out), "found none. It holds a frozen one"),
+        (("thaw", bank, "--out", bank), "already holds a bank"),
         (("merge", bank, "--out", tmp_path / "bad.txt"), "a bank is a folder"),
     ):
         done = cli("bank", *arguments)

@@ -107,10 +107,27 @@ def test_selecting_and_merging(bank, tmp_path):
     assert list(merged) == ["张伟", "ann", "bob"]
     assert all(merged[name] == bank[name] for name in merged)
     assert json.loads((tmp_path / "merged" / "adapter_config.json").read_text())["num_profiles"] == 3
-    with pytest.raises(ConfigError, match="'ann' for rows"):
+    with pytest.raises(ConfigError, match=r"'ann' \(and 1 more\) is in both bank 1 of 2 and bank 2 of 2"):
         ProfileBank.merge([some, bank], tmp_path / "clash")
     assert not (tmp_path / "clash" / MODEL).exists()
     assert len(bank.select([])) == 0
+
+
+def test_a_base_without_the_head_is_refused(bank, tiny_bert):
+    class Headless(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bert = tiny_bert().bert
+            self.config = self.bert.config
+
+        def forward(self, input_ids):
+            return self.bert(input_ids)[0]
+
+    base = Headless()
+    before = list(base.state_dict())
+    with pytest.raises(ConfigError, match=r"modules that this base does not have: .*classifier"):
+        bank.attach(base)
+    assert list(base.state_dict()) == before
 
 
 def test_what_does_not_belong_is_refused(bank, single_profile, tiny_bert):
