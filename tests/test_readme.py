@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 
 
@@ -41,3 +42,16 @@ def test_the_examples_of_a_page_run(page: Path, hub_cache: Path, tmp_path: Path)
         [sys.executable, str(script)], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert_printed_as_documented(blocks, done.stdout)
+
+
+def assert_printed_as_documented(blocks: list[str], stdout: str) -> None:
+    """A comment line after a ``print(...)`` line quotes its output; numbers may differ a little between machines."""
+    quoted = [line for block in blocks for line in re.findall(r"^print\(.*\)\n# (.*)$", block, re.MULTILINE)]
+    printed = iter(stdout.splitlines())
+    for expected in quoted:
+        shape = NUMBER.sub("0", expected)
+        found = next((line for line in printed if NUMBER.sub("0", line) == shape), None)
+        assert found is not None, f"not printed: {expected}"
+        for one, other in zip(NUMBER.findall(found), NUMBER.findall(expected), strict=True):
+            assert float(one) == pytest.approx(float(other), abs=0.1), f"printed {found}, documented {expected}"
