@@ -4,6 +4,9 @@ Importing this package makes its methods known to PEFT; from there on ``peft.get
 ``PeftModel.from_pretrained``, transformers' ``load_adapter`` and the Trainer work as with any other method.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from ._version import __version__
 from .core.adapter_folder import ProfileSize
 from .errors import PeftXMaskError, PeftXMaskWarning
@@ -25,6 +28,12 @@ from .tuners.magnitude_mask import MagnitudeMaskConfig
 from .tuners.weight_adapter import WeightAdapterConfig
 from .tuners.xpeft import XPEFTConfig
 
+if TYPE_CHECKING:
+    from .bank.difference import compare_banks
+    from .bank.verification import verify_bank
+    from .training.settings import ProfileTraining
+    from .training.train import train_profiles
+
 __all__ = [
     "AdapterPool",
     "BottleneckConfig",
@@ -37,14 +46,32 @@ __all__ = [
     "Profile",
     "ProfileBank",
     "ProfileSize",
+    "ProfileTraining",
     "RecordCallback",
     "WeightAdapterCallback",
     "WeightAdapterConfig",
     "XPEFTCallback",
     "XPEFTConfig",
     "__version__",
+    "compare_banks",
     "export_lora",
     "export_sparse_delta",
     "fold",
     "profile_size",
+    "train_profiles",
+    "verify_bank",
 ]
+
+_LAZY = {
+    "ProfileTraining": ".training.settings",
+    "compare_banks": ".bank.difference",
+    "train_profiles": ".training.train",
+    "verify_bank": ".bank.verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few programs need only when it is used: training imports the Trainer."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,6 @@
 """Profiles in one place: what holds them (:mod:`peft_xmask.bank`) and what trains them (:mod:`peft_xmask.training`)."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .bank.bank import ProfileBank
@@ -13,6 +14,7 @@ from .training.row_adamw import RowAdamW
 
 if TYPE_CHECKING:
     from .training.fleet import RayFleet
+    from .training.settings import ProfileTraining
     from .training.train import train_profiles
     from .training.trained_bank import TrainedBank
 
@@ -25,6 +27,7 @@ __all__ = [
     "Profile",
     "ProfileBank",
     "ProfileCollator",
+    "ProfileTraining",
     "RayFleet",
     "RowAdamW",
     "TrainedBank",
@@ -34,12 +37,16 @@ __all__ = [
     "verify_bank",
 ]
 
+_LAZY = {
+    "ProfileTraining": ".training.settings",
+    "RayFleet": ".training.fleet",
+    "TrainedBank": ".training.trained_bank",
+    "train_profiles": ".training.train",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what trains, and with it the Trainer, only when it is asked for."""
-    if name in ("RayFleet", "TrainedBank", "train_profiles"):
-        from .training import fleet, train, trained_bank
-
-        homes = {"RayFleet": fleet, "TrainedBank": trained_bank, "train_profiles": train}
-        return getattr(homes[name], name)
+    """Import what trains, and with it the Trainer, only when it is used."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __package__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ class BestRows:
 
     def __init__(self, bits: Tensor, gain_bits: Tensor | None, patience: int | None) -> None:
         if patience is not None and patience < 1:
-            raise ConfigError(f"patience={patience} is not possible. Expected at least one evaluation, or None.")
+            raise ConfigError(f"patience={patience} is invalid: expected at least one evaluation, or None.")
         self.patience = patience
         self.bits, self.gain_bits = bits.clone(), None if gain_bits is None else gain_bits.clone()
         self.loss = torch.full((len(bits),), torch.inf, dtype=torch.float64)

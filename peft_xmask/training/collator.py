@@ -12,6 +12,7 @@ from torch import nn
 
 from ..bank.names import BASE, NameIndex
 from ..errors import ConfigError
+from .data import profile_name
 
 Example = Mapping[str, Any]
 Collator = Callable[[list[dict[str, Any]]], Any]
@@ -52,7 +53,7 @@ class ProfileCollator:
         self.kept = None if model is None else forward_columns(model)
         if isinstance(profiles, int):
             if profiles < 1:
-                raise ConfigError(f"profiles={profiles} is not possible. Expected at least one row.")
+                raise ConfigError(f"profiles={profiles} is invalid: expected at least one row.")
             self._index, self._count = None, profiles
         else:
             self._index = profiles if isinstance(profiles, NameIndex) else NameIndex.build(profiles)
@@ -98,9 +99,10 @@ class ProfileCollator:
 
     def _find(self, value: object) -> int | None:
         assert self._index is not None
-        if not isinstance(value, str):
+        name = profile_name(value)
+        if not isinstance(name, str):
             return None
-        return -1 if value == BASE else self._index.find(value)
+        return -1 if name == BASE else self._index.find(name)
 
     def _number(self, value: object) -> int | None:
         if value == BASE:

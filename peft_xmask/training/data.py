@@ -1,15 +1,18 @@
-"""The profiles a dataset names, checked before anything is computed."""
+"""The examples of a run and whose they are, checked before anything is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..bank.names import NameIndex, check_name
+from ..core.examples import fingerprint_examples
 from ..errors import ConfigError
 
 
@@ -18,11 +21,11 @@ class ProfileData:
     """Examples, and whose each of them is.
 
     Attributes:
-        dataset: the examples.
+        dataset: the training examples.
         rows: long ``[n]``, the row of each example's profile.
-        validation: other examples, or None.
-        held_out: as ``rows``, of these.
-        index: names of the rows, in the order in which they first come.
+        validation: the validation examples, or None.
+        held_out: the same as ``rows``, for these.
+        index: names of the rows, in the order in which they first appear.
         column: of the examples, with the name.
     """
 
@@ -35,56 +38,68 @@ class ProfileData:
 
     @classmethod
     def of(cls, dataset: Any, validation: Any, column: str) -> ProfileData:
-        """What a dataset, and perhaps one for validation, have.
+        """Read the names in a dataset, and in one for validation if there is one.
 
         Raises:
-            ConfigError: examples that cannot be looked up, or names that cannot be or are not known.
+            ConfigError: a dataset without a length, examples or the column; invalid names; or validation examples of
+                profiles that have no training examples.
         """
-        names = profiles_of(dataset, column)
+        names = _names_in(dataset, column)
         index = NameIndex.build(dict.fromkeys(names))
-        rows = rows_of(names, index.find, "training")
+        rows = _rows_of(names, index.find, "training")
         held_out = None
         if validation is not None:
-            held_out = rows_of(profiles_of(validation, column), index.find, "validation")
+            held_out = _rows_of(_names_in(validation, column), index.find, "validation")
         return cls(dataset, rows, validation, held_out, index, column)
 
+    @cached_property
+    def fingerprint(self) -> dict[str, str | None]:
+        """Digests of the content of the training examples and of the validation examples."""
+        return {
+            "examples": fingerprint_examples(self.dataset),
+            "validation": None if self.validation is None else fingerprint_examples(self.validation),
+        }
 
-def profiles_of(dataset: Any, column: str) -> list[str]:
-    """The name of each example's profile.
+    @property
+    def counts(self) -> Tensor:
+        """Training examples of each profile, long ``[U]``."""
+        return torch.bincount(self.rows, minlength=len(self.index))
 
-    Raises:
-        ConfigError: no length, no examples, no such column, or a name that is missing or cannot be.
-    """
+
+def profile_name(value: object) -> object:
+    """A user id as the name of a profile: whole numbers become strings, anything else stays as it is."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    return str(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _names_in(dataset: Any, column: str) -> list[str]:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ConfigError(
-            f"Expected a dataset with a length, whose examples are found by number; found a {type(dataset).__name__}."
-        )
+        raise ConfigError(f"Expected a dataset with a length and examples by number, found a {type(dataset).__name__}.")
     if not len(dataset):
         raise ConfigError("Expected a dataset with examples, found an empty one.")
     columns = getattr(dataset, "column_names", None) or sorted(dataset[0])
     if column not in columns:
         raise ConfigError(f"Expected a column '{column}' with the profile of each example, found {columns}.")
     if hasattr(dataset, "column_names"):
-        names = list(dataset[column])
+        found = list(dataset[column])
     else:
-        names = [dataset[place].get(column) for place in range(len(dataset))]
-    for place, name in enumerate(names):
+        found = [dataset[place].get(column) for place in range(len(dataset))]
+    names = []
+    for place, value in enumerate(found):
+        name = profile_name(value)
         if not isinstance(name, str):
             raise ConfigError(
-                f"Expected a name in the column '{column}' of each example, found {name!r} in example {place}. "
-                "Names of profiles are strings: make them so (str(7) of the number 7), and drop examples without one."
+                f"Expected a name in the column '{column}' of each example, found {value!r} in example {place}. Names "
+                "of profiles are strings or whole numbers; remove examples that have none."
             )
+        names.append(name)
     for name in dict.fromkeys(names):
         check_name(name)
     return names
 
 
-def rows_of(names: list[str], find: Callable[[str], int | None], what: str) -> Tensor:
-    """Long ``[n]``, the row of each name.
-
-    Raises:
-        ConfigError: names that are not known.
-    """
+def _rows_of(names: list[str], find: Callable[[str], int | None], what: str) -> Tensor:
     rows = [find(name) for name in names]
     unknown = sorted({name for name, row in zip(names, rows, strict=True) if row is None})
     if unknown:

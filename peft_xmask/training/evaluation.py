@@ -67,13 +67,14 @@ class Evaluator:
         self.example_loss = example_loss
         self.counts = torch.bincount(rows, minlength=count)
 
-    def losses(self, model: nn.Module, wanted: Tensor | None = None) -> Tensor:
+    def losses(self, model: nn.Module, wanted: Tensor | None = None, *, shared: bool = False) -> Tensor:
         """Mean losses, float64 ``[U]``: NaN of profiles without examples, infinity where they are not numbers.
 
         The model is left in the mode it was in. Several processes share the work, and get the same bits.
 
         Args:
             wanted: bool ``[U]``, the profiles to evaluate; None: all.
+            shared: evaluate what all profiles share, without their rows.
         """
         places = torch.arange(len(self.rows)) if wanted is None else wanted[self.rows].nonzero().view(-1)
         totals = torch.zeros(len(self.counts), dtype=torch.float64)
@@ -85,6 +86,8 @@ class Evaluator:
             for chunk in chunks[ranks.number() :: ranks.count()]:
                 batch = self.collator([self.dataset[place] for place in chunk.tolist()])
                 batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+                if shared:
+                    batch["adapter_names"].fill_(-1)
                 with torch.no_grad():
                     found = self.example_loss(model(**batch), batch)
                 totals.index_add_(0, self.rows[chunk], found.double().cpu().nan_to_num(torch.inf, torch.inf))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import importlib
 import os
 from collections import Counter, deque
@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
-from transformers import TrainingArguments
 
 from ..bank.bank import ProfileBank
-from ..core.fingerprint import fingerprint_weights
+from ..bank.names import NameIndex
+from ..core.fingerprint import digest_of_facts, fingerprint_weights
+from ..core.progress import ProgressBar
 from ..errors import ConfigError, FleetError, MissingExtraError, PeftXMaskError
 from .data import ProfileData
-from .settings import Recipe, digest
+from .run import TrainingRun
+from .settings import ProfileTraining
 from .shards import Shard, check_folders, cut, finish, is_finished, merged
-from .trained_bank import TrainedBank
+from .trained_bank import TrainedBank, write_metrics
 
 
 @dataclass(frozen=True)
@@ -65,29 +65,28 @@ class RayFleet:
                 continue
             whole = isinstance(value, int) and not isinstance(value, bool)
             if not (whole or name == "gpus_per_worker") or value < least:
-                raise ConfigError(f"{name}={value!r} is not possible. Expected a number of at least {least}.")
+                raise ConfigError(f"{name}={value!r} is invalid: expected a number of at least {least}.")
 
     @classmethod
-    def of(
-        cls, ray: RayFleet | int, args: TrainingArguments | None, head: str | None, bank: ProfileBank | None
-    ) -> RayFleet:
-        """What ``ray=`` means.
+    def of(cls, ray: RayFleet | int, settings: ProfileTraining, bank: ProfileBank | None) -> RayFleet:
+        """The fleet that ``ray=`` asks for.
 
         Raises:
-            ConfigError: it does not go with the other arguments.
+            ConfigError: it does not suit the settings.
         """
         fleet = ray if isinstance(ray, RayFleet) else cls(ray)
-        if head == "joint" or (head is None and bank is None):
+        if settings.head == "joint" or (settings.head is None and bank is None):
             raise ConfigError(
-                "head='joint' is not possible with ray=: workers exchange no gradients, so each would train a head of "
-                "its own, and one bank holds profiles of one head. Pass head='first' (trained here, before the workers "
+                "head='joint' is invalid with ray=: workers exchange no gradients, so each would train a head of its "
+                "own, while all profiles of a bank share one head. Pass head='first' (trained here, before the workers "
                 "start), head='frozen' (as the model has it), or train in one job under accelerate launch."
             )
-        if args is None:
+        if settings.args is None:
             raise ConfigError("Expected args= with ray=, found none: its output_dir is where the workers put shards.")
-        if args.world_size > 1:
+        if settings.args.world_size > 1:
             raise ConfigError(
-                f"Expected one process that starts Ray workers, found {args.world_size}. Use ray= or accelerate launch."
+                f"Expected one process that starts Ray workers, found {settings.args.world_size}. Use ray= or "
+                "accelerate launch, not both."
             )
         return fleet
 
@@ -99,17 +98,23 @@ class RayFleet:
 
 @dataclass(frozen=True)
 class FleetRun:
-    """What a fleet trains."""
+    """What a fleet trains.
+
+    Attributes:
+        settings: resolved ones.
+        bank: which the profiles join, or None.
+    """
 
     fleet: RayFleet
     model: nn.Module
     data: ProfileData
-    recipe: Recipe
+    settings: ProfileTraining
+    bank: ProfileBank | None
 
     @cached_property
     def folder(self) -> Path:
         """The folder that all workers reach."""
-        return Path(str(self.recipe.args.output_dir)).absolute()
+        return Path(str(self.settings.trainer.output_dir)).absolute()
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -118,22 +123,44 @@ class FleetRun:
 
     @cached_property
     def facts(self) -> dict[str, Any]:
-        """What tells this run from others, as JSON can hold it."""
-        config = self.recipe.config if self.recipe.bank is None else self.recipe.bank.config
+        """What distinguishes this run from others, in types that JSON has."""
+        config = self.settings.config if self.bank is None else self.bank.config
+        facts = {} if config is None else {key: _plain(value) for key, value in config.to_dict().items()}
         return {
-            **self.recipe.settings(self.data),
+            **self.data.fingerprint,
+            **self.settings.identity(),
             "shards": len(self.shards),
-            "config": digest(None if config is None else config.to_dict()),
+            "config": digest_of_facts(facts),
             "base": fingerprint_weights(self.model.parameters()),
         }
 
-    def check(self, resume: bool) -> None:
-        """Refuse what cannot be, before a worker is started.
+    def train(self, resume: bool, progress: bool) -> TrainedBank:
+        """Train the head if the settings say so, then the shards that are not finished, and merge all of them.
+
+        Args:
+            resume: keep the shards that are finished.
+            progress: whether to show a bar.
 
         Raises:
-            ConfigError: too few profiles, a model with an adapter, shards of another run.
+            ConfigError: too few profiles, a model with an adapter, shards of another run, or what a worker refused.
             MissingExtraError: Ray is not installed.
+            FleetError: a shard failed more often than it may be retried.
         """
+        self._check(resume)
+        bank = self._bank_with_head(progress) if self.settings.head == "first" else self.bank
+        unfinished = [shard for shard in self.shards if not is_finished(shard, self.folder, self.facts)]
+        if unfinished:
+            ray = import_ray()
+            profiles = sum(map(len, self.shards))
+            with (
+                self._connected(ray),
+                ProgressBar("profiles", profiles, done=profiles - sum(map(len, unfinished)), shown=progress) as bar,
+            ):
+                self._train(ray, unfinished, bank, bar)
+        summary = {"profiles": len(self.data.index), **self.settings.summary(), "shards": len(self.shards)}
+        return merged(self.shards, self.folder, summary)
+
+    def _check(self, resume: bool) -> None:
         import_ray()
         if len(self.data.index) < self.fleet.parts:
             raise ConfigError(
@@ -146,23 +173,13 @@ class FleetRun:
         for shard in self.shards:
             is_finished(shard, self.folder, self.facts)
 
-    def train(self, bank: ProfileBank | None, progress: bool) -> TrainedBank:
-        """Train the shards that are not finished, and merge all.
-
-        Args:
-            bank: whose head is used, and whose masks are gone on from.
-            progress: whether to show a bar.
-
-        Raises:
-            ConfigError: what a worker refused.
-            FleetError: a shard failed more often than it may be tried again.
-        """
-        unfinished = [shard for shard in self.shards if not is_finished(shard, self.folder, self.facts)]
-        if unfinished:
-            ray = import_ray()
-            with self._connected(ray), FleetBar(self.shards, unfinished, progress) as bar:
-                self._train(ray, unfinished, bank, bar)
-        return merged(self.shards, self.folder, {**self.recipe.told(self.data), "shards": len(self.shards)})
+    def _bank_with_head(self, progress: bool) -> ProfileBank:
+        """A bank without profiles whose head was trained here, for shards whose profiles join it."""
+        one = NameIndex.build([self.data.index.name(0)])
+        model = copy.deepcopy(self.model)
+        run = TrainingRun.prepare(model, self.data, self.settings, None, progress=progress, index=one)
+        run.train_head()
+        return ProfileBank.from_model(run.profiles.model, list(one)).select([])
 
     @contextmanager
     def _connected(self, ray: Any) -> Iterator[None]:
@@ -179,16 +196,19 @@ class FleetRun:
         try:
             found = ray.cluster_resources().get("GPU", 0)
             if not address and found < fleet.gpus_per_worker:
-                raise ConfigError(f"gpus_per_worker={fleet.gpus_per_worker} is not possible: found {found:g} here.")
+                raise ConfigError(
+                    f"Expected {fleet.gpus_per_worker} GPUs for a worker on this machine, found {found:g}. Lower "
+                    "gpus_per_worker."
+                )
             yield
         finally:
             ray.shutdown()
 
-    def _train(self, ray: Any, unfinished: Sequence[Shard], bank: ProfileBank | None, bar: FleetBar) -> None:
+    def _train(self, ray: Any, unfinished: Sequence[Shard], bank: ProfileBank | None, bar: ProgressBar) -> None:
         fleet = self.fleet
         task = ray.remote(num_cpus=fleet.cpus_per_worker, num_gpus=fleet.gpus_per_worker, max_retries=0)(train_shard)
         model = ray.put(self.model)
-        waiting, tries = deque(unfinished), Counter[int]()
+        waiting, tries, profiles = deque(unfinished), Counter[int](), sum(map(len, self.shards))
         running: dict[Any, Shard] = {}
         try:
             while waiting or running:
@@ -204,29 +224,24 @@ class FleetRun:
                     if tries[shard.number] > fleet.retries:
                         raise self._failed(shard, tries[shard.number], error) from error
                     waiting.appendleft(shard)
-                    bar.tried_again()
                     continue
                 if refused:
                     raise ConfigError(f"A worker refused shard {shard.number} of {shard.total}: {refused}")
-                bar.finished(shard)
+                left = [*waiting, *running.values()]
+                again = f", {tries.total()} retries" if tries else ""
+                bar.move_to(profiles - sum(map(len, left)), f"{len(left)} shards left{again}")
         finally:
             for other in running:
                 ray.cancel(other, force=True)
 
     def _work(self, shard: Shard, bank: ProfileBank | None) -> Work:
-        recipe, args = self.recipe, self.recipe.args
         if bank is not None:
             names = (self.data.index.name(row) for row in range(shard.first, shard.end))
             bank = bank.select([name for name in names if name in bank])
-        options = {
-            "profile_column": self.data.column, "config": None if bank is not None else recipe.config, "bank": bank,
-            "data_collator": recipe.data_collator, "head": "frozen", "mask_learning_rate": recipe.mask_learning_rate,
-            "temperature": recipe.temperature, "max_passes": recipe.max_passes, "patience": recipe.patience,
-            "example_loss": recipe.example_loss,
-        }  # fmt: skip
-        fields = {each.name: getattr(args, each.name) for each in dataclasses.fields(args) if each.init}
-        folder, threads = shard.folder(self.folder), self.fleet.cpus_per_worker
-        return Work(folder, *shard.part(self.data), threads, self.facts, (type(args), fields), options)
+        folder = shard.folder(self.folder)
+        config = None if bank is not None else self.settings.config
+        settings = self.settings.in_folder(str(folder / "training"), head="frozen", config=config)
+        return Work(folder, *shard.part(self.data), settings, bank, self.fleet.cpus_per_worker, self.facts)
 
     def _failed(self, shard: Shard, tries: int, error: Exception) -> FleetError:
         cause = getattr(error, "cause", None) or error
@@ -247,83 +262,42 @@ class Work:
     Attributes:
         folder: of the shard.
         dataset: its examples.
-        validation: others, or None.
+        validation: its validation examples, or None.
+        settings: those of the run, with the shard's folder.
+        bank: those of the shard's profiles that are in a bank, with its head; or None.
         threads: of torch.
-        facts: what tells the run from others.
-        args: class and fields: which device it is, each worker finds out.
-        options: of :func:`~peft_xmask.training.train.train_profiles`.
+        facts: what distinguishes the run from others.
     """
 
     folder: Path
     dataset: Any
     validation: Any
+    settings: ProfileTraining
+    bank: ProfileBank | None
     threads: int
     facts: dict[str, Any]
-    args: tuple[type[TrainingArguments], dict[str, Any]]
-    options: dict[str, Any]
 
 
 def train_shard(model: nn.Module, work: Work) -> str | None:
     """Train a shard, from its last checkpoint if a worker died over it; runs in a worker.
 
     Returns:
-        Why it was refused, which trying again would not change; None: it is finished.
+        Why the shard was refused, which no retry would change; None: it is finished.
     """
-    from .train import train_profiles
-
     torch.set_num_threads(work.threads)
-    kind, fields = work.args
-    args = kind(**{**fields, "output_dir": str(work.folder / "training")})
     try:
-        trained = train_profiles(
-            model, work.dataset, validation=work.validation, args=args, resume=True, progress=False, **work.options
-        )
+        data = ProfileData.of(work.dataset, work.validation, work.settings.profile_column)
+        run = TrainingRun.prepare(model, data, work.settings, work.bank, progress=False)
+        trained = run.train(resume=True)
     except PeftXMaskError as error:
         return f"{type(error).__name__}: {error}"
+    write_metrics(trained.metrics, work.folder / "training")
     finish(trained, work.folder, work.facts)
     return None
 
 
-class FleetBar:
-    """A progress bar on standard error: profiles whose shards are finished.
-
-    Args:
-        shards: all.
-        unfinished: those that are still to be trained.
-        shown: whether it is.
-    """
-
-    def __init__(self, shards: Sequence[Shard], unfinished: Sequence[Shard], shown: bool) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        timing = (TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, *timing, console=Console(stderr=True), transient=True, disable=not shown)
-        profiles = sum(map(len, shards))
-        self._task = self._bar.add_task(
-            "profiles", total=profiles, completed=profiles - sum(map(len, unfinished)), facts=""
-        )
-        self._shards, self._finished, self._again = len(shards), len(shards) - len(unfinished), 0
-
-    def __enter__(self) -> FleetBar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def finished(self, shard: Shard) -> None:
-        """Move it by a shard."""
-        self._finished += 1
-        self._bar.advance(self._task, len(shard))
-        self._show()
-
-    def tried_again(self) -> None:
-        """Say that a shard is tried again."""
-        self._again += 1
-        self._show()
-
-    def _show(self) -> None:
-        again = f", {self._again} tried again" if self._again else ""
-        self._bar.update(self._task, facts=f"{self._finished} of {self._shards} shards{again}")
+def _plain(value: Any) -> object:
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def import_ray() -> Any:

@@ -58,9 +58,9 @@ class RowAdamW(torch.optim.Optimizer):
     ) -> None:
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
-                raise ConfigError(f"{name}={value!r} is not possible. Expected a number of at least 0.")
+                raise ConfigError(f"{name}={value!r} is invalid: expected a number of at least 0.")
         if not all(0 <= beta < 1 for beta in betas):
-            raise ConfigError(f"betas={betas!r} is not possible. Expected two numbers from 0 up to, not including, 1.")
+            raise ConfigError(f"betas={betas!r} is invalid: expected two numbers from 0 up to, not including, 1.")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @classmethod

@@ -63,7 +63,7 @@ class ProfileBatchSampler(Sampler[list[int]]):
     ) -> None:
         for name, value, least in (("temperature", temperature, 1.0), ("max_passes", max_passes, 1.0)):
             if not value >= least:
-                raise ConfigError(f"{name}={value!r} is not possible. Expected a number of at least {least:g}.")
+                raise ConfigError(f"{name}={value!r} is invalid: expected a number of at least {least:g}.")
         if not len(rows):
             raise ConfigError("Expected at least one example, found none.")
         self.batch_size, self.seed, self.epoch, self.drop_last = batch_size, seed, 0, False

@@ -1,110 +1,212 @@
-"""How profiles are trained: everything but the model and the data."""
+"""Settings of a training run: everything but the model and the data."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-from transformers import TrainingArguments
+from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
 
-from ..bank.bank import ProfileBank
-from ..core.fingerprint import digest_of
 from ..errors import ConfigError
 from ..tuners.xpeft import XPEFTConfig
 from . import distributed as ranks
-from .data import ProfileData
 from .evaluation import ExampleLoss
 
 HEADS = ("joint", "frozen", "first")
 _POSITIVE = ("learning_rate", "head_learning_rate", "mask_learning_rate", "head_epochs")
-_TOLD = ("head", "epochs", "batch_size", "learning_rate", "mask_learning_rate", "temperature", "seed")
+_SHOWN = ("head", "epochs", "batch_size", "learning_rate", "mask_learning_rate", "sampling_temperature", "seed")
+_OF_ARGS = (
+    "learning_rate", "seed", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "lr_scheduler_type", "warmup_steps", "bf16",
+)  # fmt: skip
+_NO_IDENTITY: dict[str, Any] = {"identity": False}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How profiles are trained; see :func:`~peft_xmask.training.train.train_profiles`.
+class ProfileTraining:
+    """Settings of a training run, for :func:`~peft_xmask.training.train.train_profiles`.
+
+    An epoch draws ``d_u = min(N n_u^(1/T) / sum_v n_v^(1/T), max_passes n_u)`` examples of a profile that has n_u of
+    all N (:func:`~peft_xmask.training.sampler.draws_per_epoch`).
+
+    Args:
+        profile_column: column with the name of each example's profile.
+        config: of the adapter, if the model is a base. None: that of the bank which the profiles join, or
+            ``XPEFTConfig(task_type="SEQ_CLS")``. Its ``num_profiles`` and ``logit_scale`` are set by the run.
+        args: of the Trainer. None: 10 epochs of batches of 32 at a learning rate of 1e-2, without checkpoints.
+            ``max_steps`` and the settings for evaluation are ignored, ``max_grad_norm`` applies to the head only, and
+            at least two checkpoints are kept.
+        processing_class: tokenizer that pads batches.
+        data_collator: makes a batch of everything but the profiles. None: pads with ``processing_class`` if there is
+            one.
+        head: how the head that all profiles share is trained. ``"joint"``: together with the profiles (at the end each
+            profile's rows are compared under the final head). ``"frozen"``: not at all. ``"first"``: alone, without an
+            adapter, for ``head_epochs``; then it is frozen. None: ``"joint"``, or ``"frozen"`` when joining a bank.
+        head_learning_rate: None: that of ``args``.
+        head_epochs: epochs of ``head="first"``.
+        mask_learning_rate: learning rate of the mask logits.
+        sampling_temperature: T above. 1 draws every example once an epoch; a higher T gives profiles with few examples
+            more passes.
+        max_passes: most passes over an example in one epoch.
+        patience: evaluations without improvement after which a profile stops. None: profiles never stop early.
+        example_loss: computes the validation loss of each example from a model's outputs and the batch. None:
+            :func:`~peft_xmask.training.evaluation.example_losses`.
 
     Raises:
-        ConfigError: a setting that cannot be, or settings that cannot be together.
+        ConfigError: an invalid value, or settings that exclude each other.
     """
 
-    args: TrainingArguments
-    config: XPEFTConfig | None
-    bank: ProfileBank | None
-    data_collator: Callable[[list[dict[str, Any]]], Any]
-    head: str
-    head_learning_rate: float
-    head_epochs: int
-    mask_learning_rate: float
-    temperature: float
-    max_passes: float
-    patience: int | None
-    example_loss: ExampleLoss | None
+    profile_column: str = "user"
+    config: XPEFTConfig | None = field(default=None, metadata=_NO_IDENTITY)  # the adapter made from it is recorded
+    args: TrainingArguments | None = field(default=None, metadata=_NO_IDENTITY)  # so are those that matter
+    processing_class: Any = field(default=None, metadata=_NO_IDENTITY)
+    data_collator: Callable[[list[dict[str, Any]]], Any] | None = field(default=None, metadata=_NO_IDENTITY)
+    head: str | None = None
+    head_learning_rate: float | None = None
+    head_epochs: int = 1
+    mask_learning_rate: float = 0.1
+    sampling_temperature: float = 2.0
+    max_passes: float = 4.0
+    patience: int | None = 3
+    example_loss: ExampleLoss | None = field(default=None, metadata=_NO_IDENTITY)
 
     def __post_init__(self) -> None:
-        if self.bank is not None and self.config is not None:
-            raise ConfigError("Expected config= or bank=, found both: profiles that join a bank have its config.")
-        if self.head not in HEADS:
-            raise ConfigError(f"head={self.head!r} is not possible. Expected one of {', '.join(map(repr, HEADS))}.")
-        if self.bank is not None and self.head != "frozen":
-            raise ConfigError(
-                f"head={self.head!r} is not possible with bank=: its profiles are served with the bank's head, which "
-                "stays as it is. Pass head='frozen', or train a bank of its own."
-            )
+        if self.head is not None and self.head not in HEADS:
+            raise ConfigError(f"head={self.head!r} is invalid: expected one of {', '.join(map(repr, HEADS))}.")
         for name in _POSITIVE:
-            value = self.args.learning_rate if name == "learning_rate" else getattr(self, name)
-            if not value > 0:
-                raise ConfigError(f"{name}={value!r} is not possible. Expected a number above 0.")
+            value = getattr(self.args, name, None) if name == "learning_rate" else getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value!r} is invalid: expected a number above 0.")
+        for name in ("sampling_temperature", "max_passes"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number of at least 1.")
         if self.patience is not None and self.patience < 1:
-            raise ConfigError(f"patience={self.patience!r} is not possible. Expected at least one evaluation, or None.")
+            raise ConfigError(f"patience={self.patience!r} is invalid: expected at least one evaluation, or None.")
+        if self.args is not None and self.args.fp16:
+            raise ConfigError(
+                "fp16=True is invalid: the gradients of profiles are not scaled. Expected float32 or bf16=True."
+            )
+        if self.args is not None and (self.args.deepspeed or self.args.fsdp):
+            raise ConfigError(
+                "FSDP and DeepSpeed are not supported: every process holds all rows of its profiles. Use DDP."
+            )
+
+    @classmethod
+    def of(cls, settings: ProfileTraining | None, changes: dict[str, Any]) -> ProfileTraining:
+        """Settings with some fields changed.
+
+        Args:
+            settings: None: the defaults.
+            changes: values by name of the field.
+
+        Raises:
+            ConfigError: a name that is no field, or an invalid value.
+        """
+        known = [each.name for each in dataclasses.fields(cls)]
+        unknown = sorted(changes.keys() - set(known))
+        if unknown:
+            raise ConfigError(f"Unknown settings: {', '.join(unknown)}. Expected some of {', '.join(known)}.")
+        return dataclasses.replace(settings or cls(), **changes)
+
+    def resolved(self, *, joins_bank: bool, folder: str) -> ProfileTraining:
+        """The same settings with every default filled in.
+
+        Args:
+            joins_bank: whether the profiles join an existing bank.
+            folder: where the Trainer may write if ``args`` does not say.
+
+        Raises:
+            ConfigError: settings that do not suit a bank.
+        """
+        if joins_bank and self.config is not None:
+            raise ConfigError("Expected config= or bank=, found both: profiles that join a bank have its config.")
+        head = self.head or ("frozen" if joins_bank else "joint")
+        if joins_bank and head != "frozen":
+            raise ConfigError(
+                f"head={head!r} is invalid with bank=: the bank's head serves its other profiles too and must not "
+                "change. Pass head='frozen', or train a bank of its own."
+            )
+        args = _trainer_arguments(self.args, folder)
+        collator = self.data_collator
+        if collator is None:
+            padded = self.processing_class is not None
+            collator = DataCollatorWithPadding(self.processing_class) if padded else default_data_collator
+        return dataclasses.replace(
+            self,
+            args=args,
+            data_collator=collator,
+            head=head,
+            head_learning_rate=self.head_learning_rate or args.learning_rate,
+        )
+
+    def in_folder(self, folder: str, **changes: Any) -> ProfileTraining:
+        """The same settings for a run that writes to another folder.
+
+        Args:
+            folder: the new ``args.output_dir``.
+            changes: other fields to change.
+        """
+        args = copy.copy(self.trainer)
+        args.output_dir = folder
+        return dataclasses.replace(self, args=args, **changes)
+
+    @property
+    def trainer(self) -> TrainingArguments:
+        """The arguments of the Trainer, of settings that were resolved."""
+        assert self.args is not None
+        return self.args
 
     @property
     def batch_size(self) -> int:
-        """Examples of a batch, in all processes together."""
-        return self.args.train_batch_size * ranks.count()
+        """Examples in a batch, over all processes."""
+        return self.trainer.train_batch_size * ranks.count()
 
-    def settings(self, data: ProfileData) -> dict[str, Any]:
-        """What tells a run from others, as JSON can hold it."""
+    def identity(self) -> dict[str, Any]:
+        """What distinguishes these settings from others, in types that JSON has.
+
+        Functions, such as a collator, are not compared.
+        """
+        compared = [each.name for each in dataclasses.fields(self) if each.metadata.get("identity", True)]
+        args = {name: getattr(self.trainer, name) for name in _OF_ARGS}
+        args["lr_scheduler_type"] = str(getattr(args["lr_scheduler_type"], "value", args["lr_scheduler_type"]))
         return {
-            "profiles": digest_of(_bytes(data.index.tensors["ends"], data.index.tensors["names"], data.rows)),
-            "validation": None if data.held_out is None else digest_of(_bytes(data.held_out)),
-            "head": self.head, "head_epochs": self.head_epochs, "epochs": self.args.num_train_epochs,
-            "batch_size": self.batch_size, "accumulation": self.args.gradient_accumulation_steps,
-            "learning_rate": self.args.learning_rate, "head_learning_rate": self.head_learning_rate,
-            "mask_learning_rate": self.mask_learning_rate, "temperature": self.temperature,
-            "max_passes": self.max_passes, "patience": self.patience, "seed": self.args.seed,
-        }  # fmt: skip
+            **{name: getattr(self, name) for name in compared},
+            **args,
+            "epochs": self.trainer.num_train_epochs,
+            "batch_size": self.batch_size,
+            "accumulation": self.trainer.gradient_accumulation_steps,
+        }
 
-    def told(self, data: ProfileData) -> dict[str, Any]:
-        """What a bank's config says of its training."""
-        settings = self.settings(data)
-        return {"profiles": len(data.index), **{name: settings[name] for name in _TOLD}}
+    def summary(self) -> dict[str, Any]:
+        """What a bank's config records of its training."""
+        identity = self.identity()
+        return {name: identity[name] for name in _SHOWN}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which has devices of its own: the arguments' fields in place of the arguments."""
+        state = dict(self.__dict__)
+        if self.args is not None:
+            fields = {each.name: getattr(self.args, each.name) for each in dataclasses.fields(self.args) if each.init}
+            state["args"] = (type(self.args), fields)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["args"] is not None:
+            kind, fields = state["args"]
+            state = {**state, "args": kind(**fields)}
+        self.__dict__.update(state)
 
 
-def arguments(args: TrainingArguments | None, beside: str) -> TrainingArguments:
-    """Arguments of the Trainer as they are used here.
-
-    Args:
-        args: None: the defaults.
-        beside: folder of the defaults.
-
-    Raises:
-        ConfigError: some that cannot be.
-    """
+def _trainer_arguments(args: TrainingArguments | None, folder: str) -> TrainingArguments:
+    """A copy that leaves sampling, evaluation and progress to the run."""
     if args is None:
         args = TrainingArguments(
-            output_dir=beside, per_device_train_batch_size=32, num_train_epochs=10, learning_rate=1e-2,
+            output_dir=folder, per_device_train_batch_size=32, num_train_epochs=10, learning_rate=1e-2,
             save_strategy="no", report_to=[],
         )  # fmt: skip
-    if args.fp16:
-        raise ConfigError("fp16=True is not possible: gradients of rows are not scaled. Expected float32 or bf16=True.")
-    if args.deepspeed or args.fsdp:
-        raise ConfigError("FSDP and DeepSpeed are not possible: rows are whole in each process. Expected DDP.")
     args = copy.copy(args)
     args.remove_unused_columns, args.max_steps = False, -1
     args.eval_strategy, args.load_best_model_at_end, args.eval_on_start = "no", False, False  # type: ignore[assignment]
@@ -112,15 +214,3 @@ def arguments(args: TrainingArguments | None, beside: str) -> TrainingArguments:
     if args.save_total_limit is not None:
         args.save_total_limit = max(2, args.save_total_limit)
     return args
-
-
-def _bytes(*tensors: Tensor) -> Iterator[bytes]:
-    return (tensor.numpy().tobytes() for tensor in tensors)
-
-
-def digest(facts: Any) -> str:
-    """16 hexadecimal digits that tell facts from others."""
-    encoded = json.dumps(
-        facts, sort_keys=True, default=lambda value: sorted(value) if isinstance(value, set) else str(value)
-    )
-    return hashlib.sha256(encoded.encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.files import write_text
 from ..errors import ConfigError, FileFormatError
+from .checkpoints import difference
 from .data import ProfileData
 from .trained_bank import TrainedBank, read_metrics
 
@@ -130,10 +131,9 @@ def is_finished(shard: Shard, output_dir: Path, run: Mapping[str, Any]) -> bool:
             f"'{path}' cannot be read: {error}. Remove it, and the shard is trained again."
         ) from error
     if found != run:
-        other = ", ".join(f"{key}={found.get(key)!r} (not {run[key]!r})" for key in run if found.get(key) != run[key])
         raise ConfigError(
-            f"Expected a shard of this run in '{path.parent}', found one with other profiles or settings: {other}. "
-            "Train in another output_dir."
+            f"'{path.parent}' is a shard of another run: it was trained with {difference(found, run)}. Train in "
+            "another output_dir, or delete the shards if they are no longer needed."
         )
     return True
 

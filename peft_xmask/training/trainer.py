@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -24,16 +19,14 @@ from transformers import (
 )
 
 from ..core.files import read_tensors, write_tensors
-from ..errors import ConfigError
+from ..core.progress import ProgressBar
 from ..integrations.checkpoints import check_shape, checkpoint_folder
-from ..tuners.xpeft.table import MaskTable
 from . import distributed as ranks
 from .best_rows import BestRows
+from .checkpoints import STATE_FILE
 from .evaluation import Evaluator
+from .profile_model import ProfileModel
 from .sampler import ProfileBatchSampler
-
-STATE_FILE = "profiles_training_state.safetensors"
-"""Written last of a checkpoint's files: one without it was not finished, and is passed over."""
 
 
 class ProfileTrainer(Trainer):
@@ -82,80 +75,75 @@ class ProfileTrainer(Trainer):
 
 
 class BarCallback(TrainerCallback):
-    """A progress bar on standard error: steps, loss, and how many profiles have stopped."""
+    """A progress bar: steps, loss, and how many profiles have stopped."""
 
-    def __init__(self, what: str, best: BestRows | None = None) -> None:
-        self.what, self.best = what, best
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
+    def __init__(self, title: str, best: BestRows | None = None) -> None:
+        self.title, self.best = title, best
+        self._bar: ProgressBar | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Show it."""
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        timing = (TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, *timing, console=Console(stderr=True), transient=True)
-        self._task = self._bar.add_task(self.what, total=state.max_steps, completed=state.global_step, facts="")
-        self._bar.start()
+        """Show the bar."""
+        self._bar = ProgressBar(self.title, state.max_steps, done=state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Move it."""
+        """Move the bar."""
         if self._bar is None:
             return
-        losses = [entry["loss"] for entry in state.log_history[-1:] if "loss" in entry]
-        facts = [f"loss {losses[0]:.3f}"] if losses else []
+        facts = [f"loss {entry['loss']:.3f}" for entry in state.log_history[-1:] if "loss" in entry]
         if self.best is not None:
             facts.append(f"{int(self.best.stopped.sum())} of {len(self.best.loss)} stopped")
-        self._bar.update(self._task, completed=state.global_step, facts=", ".join(facts))
+        self._bar.move_to(state.global_step, ", ".join(facts))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take it away."""
+        """Remove the bar."""
         if self._bar is not None:
-            self._bar.stop()
+            self._bar.close()
 
 
 class ProfilesCallback(TrainerCallback):
-    """Evaluates profiles after each epoch, keeps best rows, stops profiles that got worse, and checkpoints all of it.
+    """Evaluates profiles after each epoch, keeps their best rows, stops those that no longer improve, and checkpoints.
 
     Args:
-        table: of the model.
-        adapter_name: of the rows.
+        profiles: the model that is trained.
         sampler: of the batches.
-        best: what it keeps.
-        evaluator: None: no validation.
-        run: what tells this run from others; a checkpoint says the same.
-        packed: gives the masks as they are now, as they are shipped.
+        best: the rows that are kept.
+        evaluator: None without validation examples.
+        run: identity of the run, written to its checkpoints.
     """
 
     def __init__(
         self,
-        table: MaskTable,
-        adapter_name: str,
+        profiles: ProfileModel,
         sampler: ProfileBatchSampler,
         best: BestRows,
         evaluator: Evaluator | None,
         run: str,
-        packed: Callable[[], tuple[Tensor, Tensor | None]],
     ) -> None:
-        self.table, self.name, self.sampler, self.best = table, adapter_name, sampler, best
-        self.evaluator, self.run, self.packed = evaluator, run, packed
+        self.profiles, self.sampler, self.best, self.evaluator, self.run = profiles, sampler, best, evaluator, run
         self._steps = 1
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Put back what a checkpoint has."""
+        """Restore the state of a checkpoint."""
         self._steps = -(-len(self.sampler) // args.gradient_accumulation_steps)
-        if state.global_step > 0:
-            self._restore(checkpoint_folder(args, state.global_step))
+        if state.global_step == 0:
+            return
+        path = checkpoint_folder(args, state.global_step) / STATE_FILE
+        tensors, _ = read_tensors(path)
+        for name, weight in self.profiles.weights().items():
+            check_shape(self.profiles.adapter, weight, tensors.get(name), path)
+        self.profiles.load_weights(tensors)
+        self.best.load({name.removeprefix("best."): tensor for name, tensor in tensors.items() if "best." in name})
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Tell the sampler which epoch begins, and who has stopped."""
+        """Tell the sampler which epoch begins and which profiles have stopped."""
         self.sampler.set_epoch(state.global_step // self._steps)
         self.sampler.stopped = self.best.stopped
 
@@ -164,7 +152,7 @@ class ProfilesCallback(TrainerCallback):
         if self.evaluator is None or state.global_step % self._steps:
             return
         losses = self.evaluator.losses(kwargs["model"], ~self.best.stopped)
-        self.best.update(losses, *self.packed(), state.global_step)
+        self.best.update(losses, *self.profiles.packed(), state.global_step)
         if self.best.stopped.all():
             control.should_training_stop = True
 
@@ -173,49 +161,6 @@ class ProfilesCallback(TrainerCallback):
         if not args.should_save:
             return
         tensors = {f"best.{name}": tensor for name, tensor in self.best.tensors().items()}
-        for name, weight in self._weights().items():
-            tensors[name] = weight
+        tensors.update({name: weight.detach() for name, weight in self.profiles.weights().items()})
         folder = checkpoint_folder(args, state.global_step)
         write_tensors(folder / STATE_FILE, tensors, {"global_step": str(state.global_step), "run": self.run})
-
-    def _weights(self) -> dict[str, Tensor]:
-        found = {"logits": self.table.xpeft_logits[self.name].weight.detach()}
-        if self.name in self.table.xpeft_gain:
-            found["gain"] = self.table.xpeft_gain[self.name].weight.detach()
-        return found
-
-    def _restore(self, folder: Path) -> None:
-        path = folder / STATE_FILE
-        tensors, _ = read_tensors(path)
-        weights = self._weights()
-        stored = {name: check_shape(self.name, weight, tensors.get(name), path) for name, weight in weights.items()}
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(stored[name])
-        self.best.load({name.removeprefix("best."): tensor for name, tensor in tensors.items() if "best." in name})
-        self.table.rebuilt.discard(self.name)
-
-
-def last_checkpoint(folder: Path, run: str) -> Path | None:
-    """The last finished checkpoint of a run; None if there is none.
-
-    Raises:
-        ConfigError: there are checkpoints, of another run.
-    """
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(found, key=lambda each: int(each.name.removeprefix("checkpoint-")), reverse=True):
-        if not (path / STATE_FILE).is_file():
-            continue
-        _, metadata = read_tensors(path / STATE_FILE)
-        if metadata.get("run") != run:
-            raise ConfigError(
-                f"Expected a checkpoint of this run in '{folder}', found one with other profiles or settings: "
-                f"{_difference(metadata.get('run', '{}'), run)}. Train with resume=False, or in another output_dir."
-            )
-        return path
-    return None
-
-
-def _difference(found: str, expected: str) -> str:
-    there, here = json.loads(found), json.loads(expected)
-    return ", ".join(f"{key}={there.get(key)!r} (not {here[key]!r})" for key in here if there.get(key) != here[key])

@@ -217,7 +217,7 @@ def run(method, rate, seed, options, tail, data):
             )  # fmt: skip
             bank = train_profiles(
                 tail, data["train"], validation=data["validation"], config=config, args=args, head="frozen",
-                mask_learning_rate=rate, temperature=1.0, patience=None,
+                mask_learning_rate=rate, sampling_temperature=1.0, patience=None,
             )  # fmt: skip
         payload = bank.nbytes
         served = bank.attach(prepared(options.cache)[0])

@@ -95,7 +95,7 @@ def one_lora(base, examples, epochs, batch_size, folder):
 
 def together(base, examples, epochs, batch_size, folder):
     args = arguments(folder, epochs, batch_size)
-    bank = train_profiles(twin(base), examples, config=config(1), args=args, temperature=1.0, progress=False)
+    bank = train_profiles(twin(base), examples, config=config(1), args=args, sampling_temperature=1.0, progress=False)
     bank.save_pretrained(folder)
 
 

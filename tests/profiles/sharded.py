@@ -61,11 +61,13 @@ def made(folder: Path) -> dict[int, list[int]]:
 def train(folder: Path, ray: RayFleet, happening: str = "nothing", at: int = 20, **fields):
     folder.mkdir(exist_ok=True)
     arguments = dict(save_strategy="steps", save_steps=4, save_total_limit=2, num_train_epochs=5)
+    settings = dict(
+        dataset=taught.examples(), validation=taught.examples(1), config=taught.config(), head="frozen", patience=None,
+        progress=False,
+    )  # fmt: skip
     return train_profiles(
-        taught.base(), taught.examples(), ray=ray, data_collator=Batches(folder, happening, at),
-        args=taught.arguments(folder / "out", **arguments),
-        **{"validation": taught.examples(1), "config": taught.config(), "head": "frozen", "patience": None,
-           "progress": False, **fields},
+        taught.base(), ray=ray, data_collator=Batches(folder, happening, at),
+        args=taught.arguments(folder / "out", **arguments), **{**settings, **fields},
     )  # fmt: skip
 
 

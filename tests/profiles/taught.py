@@ -52,8 +52,8 @@ def arguments(folder, **fields) -> TrainingArguments:
 def train(folder, resume: bool = False, **fields):
     args = arguments(folder, save_strategy="steps", save_steps=8, save_total_limit=1, num_train_epochs=6)
     return train_profiles(
-        base(), examples(), validation=examples(1), args=args, resume=resume, patience=2, progress=False,
-        **{"config": config(), **fields},
+        base(), args=args, resume=resume, patience=2, progress=False,
+        **{"dataset": examples(), "validation": examples(1), "config": config(), **fields},
     )  # fmt: skip
 
 

@@ -1,8 +1,10 @@
 """train_profiles: what is learnt, what is kept, what stays as it is, and what is refused."""
 
+import dataclasses
 import importlib.util
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import concatenate_datasets
 from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from peft_xmask import XPEFTConfig
+from peft_xmask import ProfileTraining, XPEFTConfig, train_profiles
+from peft_xmask.core.examples import fingerprint_examples
 from peft_xmask.errors import BaseMismatchError, ConfigError
-from peft_xmask.profiles import ProfileBank, train_profiles
-from peft_xmask.training.trainer import STATE_FILE
+from peft_xmask.profiles import ProfileBank
+from peft_xmask.training.checkpoints import STATE_FILE
 
 SCRIPT = Path(__file__).with_name("taught.py")
 spec = importlib.util.spec_from_file_location("taught", SCRIPT)
@@ -84,6 +88,21 @@ def test_a_kept_row_is_the_best_by_validation(tmp_path):
     assert all(facts["stopped_step"] is None for facts in bank.metrics.values())
 
 
+def test_a_row_that_does_not_help_is_not_kept(tmp_path):
+    """Served by name, ann is answered by the base; the others are not."""
+    data = taught.examples(1).map(lambda row: {"labels": 3 if row["user"] == "ann" else row["labels"]})
+    bank = fit(tmp_path, validation=data, head="frozen", args=taught.arguments(tmp_path, num_train_epochs=40))
+    served = bank.attach(taught.base())
+    batch = {"input_ids": torch.tensor(taught.examples()["input_ids"][:4])}
+    with torch.no_grad():
+        base = served(**batch, adapter_names=["__base__"] * 4).logits
+        ann, bob = (served(**batch, adapter_names=[name] * 4).logits for name in ("ann", "bob"))
+    assert bank.metrics["ann"]["layers"] == []
+    assert bank.metrics["bob"]["layers"] == ["mask"]
+    assert torch.equal(ann, base)
+    assert not torch.equal(bob, base)
+
+
 def test_patience_stops_a_profile_that_does_not_improve(tmp_path):
     bank = fit(tmp_path, validation=taught.examples(1, offset=2), head="frozen", patience=2)
     for facts in bank.metrics.values():
@@ -141,10 +160,10 @@ def test_a_killed_run_goes_on_to_the_very_same_bank(tmp_path):
         [sys.executable, str(SCRIPT), str(tmp_path / "killed"), str(tmp_path / "never")],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not list((tmp_path / "killed").glob(f"checkpoint-16/{STATE_FILE}")):
         assert process.poll() is None, process.stderr.read().decode()[-3000:]
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, "no checkpoint in ten minutes"
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -164,10 +183,63 @@ def test_a_killed_run_goes_on_to_the_very_same_bank(tmp_path):
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     taught.train(tmp_path)
-    with pytest.raises(ConfigError, match=r"temperature=2\.0"):
-        taught.train(tmp_path, resume=True, temperature=1.0)
+    with pytest.raises(ConfigError, match=r"sampling_temperature=2\.0"):
+        taught.train(tmp_path, resume=True, sampling_temperature=1.0)
     with pytest.raises(ConfigError, match="adapter="):
         taught.train(tmp_path, resume=True, config=taught.config(pool_seed=5))
+
+
+@pytest.mark.parametrize("what", ["labels", "text", "order", "validation"])
+def test_other_data_is_another_run(what, tmp_path):
+    """Neither continued nor written over: the error shows both fingerprints."""
+    taught.train(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    data, validation = taught.examples(), taught.examples(1)
+    changed = {
+        "labels": lambda: data.map(lambda row: {"labels": 3 - row["labels"]}),
+        "text": lambda: data.map(lambda row: {"input_ids": [*row["input_ids"][:-1], 59]}),
+        "order": lambda: data.select([1, 0, *range(2, len(data))]),
+        "validation": lambda: validation.map(lambda row: {"labels": 3 - row["labels"]}),
+    }[what]()
+    fields = {"validation": changed} if what == "validation" else {"dataset": changed}
+    name = "validation" if what == "validation" else "examples"
+    for resume, advice in ((True, "pass the same data"), (False, "another output_dir")):
+        with pytest.raises(ConfigError, match=rf"{name}='[0-9a-f]{{16}}' \(this run has '[0-9a-f]{{16}}'\).*{advice}"):
+            taught.train(tmp_path, resume=resume, **fields)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+    taught.train(tmp_path)
+
+
+def test_examples_have_one_fingerprint_however_they_are_held():
+    data = taught.examples()
+    found = fingerprint_examples(data)
+    assert fingerprint_examples(data.to_list()) == found
+    assert fingerprint_examples(data.with_format("torch")) == found
+    assert fingerprint_examples([{**row, "input_ids": torch.tensor(row["input_ids"])} for row in data]) == found
+    assert fingerprint_examples(data.select(range(len(data) - 1))) != found
+    assert fingerprint_examples(data.rename_column("user", "person")) != found
+    assert fingerprint_examples(data.to_list() * 60) == fingerprint_examples(concatenate_datasets([data] * 60))
+
+
+def test_settings_are_one_object(tmp_path):
+    settings = ProfileTraining(config=taught.config(), args=taught.arguments(tmp_path), head="frozen", patience=1)
+    there = pickle.loads(pickle.dumps(settings)).resolved(joins_bank=False, folder="unused")
+    assert there.identity() == settings.resolved(joins_bank=False, folder="unused").identity()
+    first = train_profiles(taught.base(), taught.examples(), settings, progress=False)
+    again = train_profiles(taught.base(), taught.examples(), progress=False, head="frozen", patience=1,
+                           config=taught.config(), args=taught.arguments(tmp_path / "again"))  # fmt: skip
+    assert all(first[name] == again[name] for name in first)
+    with pytest.raises(ConfigError, match="Unknown settings: heads"):
+        train_profiles(taught.base(), taught.examples(), settings, heads="joint")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.head = "joint"
+
+
+def test_user_ids_may_be_numbers(tmp_path):
+    numbers = {name: number for number, name in enumerate(taught.COUNTS)}
+    data = [{**row, "user": numbers[row["user"]]} for row in taught.examples()]
+    bank = train_profiles(taught.base(), data, config=taught.config(), args=taught.arguments(tmp_path), progress=False)
+    assert list(bank) == ["0", "1", "2", "3"]
 
 
 def test_an_adapter_with_rows_of_its_own(tmp_path):
@@ -204,7 +276,7 @@ def test_a_language_model_without_a_head(tmp_path):
         ({"profile_column": "owner"}, "column 'owner'"),
         ({"validation": taught.examples(1, {"nobody": 2})}, "'nobody'"),
         ({"head": "none"}, "'joint', 'frozen', 'first'"),
-        ({"temperature": 0.5}, "temperature=0.5"),
+        ({"sampling_temperature": 0.5}, "sampling_temperature=0.5"),
         ({"max_passes": 0}, "max_passes=0"),
         ({"patience": 0}, "patience=0"),
         ({"mask_learning_rate": 0.0}, "mask_learning_rate=0.0"),
@@ -216,7 +288,7 @@ def test_what_cannot_be_is_refused_before_anything_is_computed(fields, words, tm
         fit(tmp_path, **fields)
 
 
-@pytest.mark.parametrize("name", [None, 7, "", "__base__", "x" * 2000, float("nan")])
+@pytest.mark.parametrize("name", [None, 7.5, True, "", "__base__", "x" * 2000, float("nan")])
 def test_names_that_cannot_be(name, tmp_path):
     rows = [dict(row) for row in taught.examples()]
     rows[4]["user"] = name
