@@ -31,12 +31,14 @@ from .tuners.xpeft import XPEFTConfig
 if TYPE_CHECKING:
     from .bank.difference import compare_banks
     from .bank.verification import verify_bank
+    from .training.learn import Learner, ProfileLearning, learn_profile
     from .training.settings import ProfileTraining
     from .training.train import train_profiles
 
 __all__ = [
     "AdapterPool",
     "BottleneckConfig",
+    "Learner",
     "LiveBank",
     "MagnitudeMaskConfig",
     "MeanPooledClassifier",
@@ -45,6 +47,7 @@ __all__ = [
     "PooledClassifierConfig",
     "Profile",
     "ProfileBank",
+    "ProfileLearning",
     "ProfileSize",
     "ProfileTraining",
     "RecordCallback",
@@ -57,14 +60,18 @@ __all__ = [
     "export_lora",
     "export_sparse_delta",
     "fold",
+    "learn_profile",
     "profile_size",
     "train_profiles",
     "verify_bank",
 ]
 
 _LAZY = {
+    "Learner": ".training.learn",
+    "ProfileLearning": ".training.learn",
     "ProfileTraining": ".training.settings",
     "compare_banks": ".bank.difference",
+    "learn_profile": ".training.learn",
     "train_profiles": ".training.train",
     "verify_bank": ".bank.verification",
 }

@@ -64,6 +64,10 @@ def soft_mask(logits: Tensor, *, norm: str, temperature: float = 1.0) -> Tensor:
     return mask
 
 
+_LOG_OF_ZERO = -50.0
+"""Half precision rounds any scale times e to this power to zero."""
+
+
 def scaled_gain(weight: Tensor, scale: float, logit_scale: float) -> Tensor:
     """Gain of a site from what is trained: ``g = half(scale * exp(0.1 * logit_scale * weight))``.
 
@@ -80,8 +84,8 @@ def scaled_gain(weight: Tensor, scale: float, logit_scale: float) -> Tensor:
 
 
 def gain_weight(gain: Tensor, scale: float, logit_scale: float) -> Tensor:
-    """Inverse of :func:`scaled_gain`."""
-    return torch.log(gain / scale) / (GAIN_STEP * logit_scale)
+    """Inverse of :func:`scaled_gain`. A gain of 0 has a finite weight too, since half precision rounds to 0."""
+    return torch.log(gain / scale).clamp_min(_LOG_OF_ZERO) / (GAIN_STEP * logit_scale)
 
 
 def pick_rows(table: Tensor, rows: int | Tensor | None) -> Tensor:

@@ -1,0 +1,250 @@
+"""Learning one profile from a few examples, in about a second."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, default_data_collator
+
+from ..bank.bank import ProfileBank
+from ..bank.names import NameIndex
+from ..bank.profile import Profile
+from ..core.packing import pack_halves, unpack_halves
+from ..errors import ConfigError
+from .collator import forward_columns
+from .evaluation import ExampleLoss, example_losses
+from .prefix import Prefix
+from .profile_model import ProfileModel
+
+_FOLDS = 2
+_ALL = 0  # the row that learns from all examples; the next rows each leave out a part of them
+
+
+@dataclass(frozen=True)
+class ProfileLearning:
+    """How a single profile is learnt, for :func:`learn_profile`.
+
+    Args:
+        steps: of the optimizer (Adam), each on a batch of the examples.
+        batch_size: examples in a step; fewer examples are one batch.
+        mask_learning_rate: learning rate of the mask logits.
+        gain_factors: candidates for how far the profile deviates: its gains are multiplied by the factor that does best
+            on examples that were left out. 0 is no deviation at all.
+        example_loss: computes the loss of each example from a model's outputs and the batch. None:
+            :func:`~peft_xmask.training.evaluation.example_losses`.
+
+    Raises:
+        ConfigError: an invalid value.
+    """
+
+    steps: int = 8
+    batch_size: int = 32
+    mask_learning_rate: float = 0.3
+    gain_factors: tuple[float, ...] = (0.0, 0.5, 1.0)
+    example_loss: ExampleLoss | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "mask_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number above 0.")
+        if not self.gain_factors or not all(0 <= factor <= 1 for factor in self.gain_factors):
+            raise ConfigError(f"gain_factors={self.gain_factors!r} is invalid: expected numbers from 0 to 1.")
+
+
+class Learner:
+    """Learns profiles of a bank, one after another, beside a model that may be serving meanwhile.
+
+    The model is not modified. The learner shares its weights and has an adapter and a head of its own, so making one
+    costs as much as attaching the bank. The same examples give the same profile. Threads take turns.
+
+    Args:
+        model: the base of the bank, or a model that serves the bank.
+        bank: whose pool and head are used.
+        settings: None: the defaults.
+        processing_class: tokenizer that pads batches.
+        data_collator: makes a batch of examples. None: pads with ``processing_class`` if there is one.
+
+    Raises:
+        ConfigError: the bank has no head, or one that does not suit.
+        BaseMismatchError, PoolMismatchError: the bank belongs to another base or pool.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bank: ProfileBank,
+        settings: ProfileLearning | None = None,
+        *,
+        processing_class: Any = None,
+        data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
+    ) -> None:
+        self.settings = settings or ProfileLearning()
+        if data_collator is None:
+            padded = processing_class is not None
+            data_collator = DataCollatorWithPadding(processing_class) if padded else default_data_collator
+        self.data_collator = data_collator
+        rows = NameIndex.build(str(row) for row in range(1 + _FOLDS))
+        learning_rate = 1e-3  # of Adam; logit_scale makes the steps of the logits as long as is asked for
+        scale = self.settings.mask_learning_rate / learning_rate
+        self._profiles = ProfileModel.of(_sharing_weights(model), None, bank.select([]), rows, scale)
+        self._model = self._profiles.model.eval()
+        for parameter in self._profiles.head().values():
+            parameter.requires_grad_(False)
+        self._weights = list(self._profiles.weights().values())
+        self._start = [weight.detach().clone() for weight in self._weights]
+        self._prefix = Prefix.of(self._model)
+        self._columns = forward_columns(self._model)
+        self._learning_rate = learning_rate
+        self._turn = threading.Lock()
+
+    def learn(self, examples: Iterable[Mapping[str, Any]]) -> Profile:
+        """The masks that suit some examples.
+
+        Args:
+            examples: tokenised, with labels. Columns that the model does not take are ignored.
+
+        Returns:
+            The profile. Where masks do not help with examples that they were not learnt from, its gains are zero, which
+            is what all profiles share.
+
+        Raises:
+            ConfigError: no examples, or labels whose loss is not known.
+        """
+        kept = [{key: each[key] for key in each if key in self._columns} for each in examples]
+        if not kept:
+            raise ConfigError("Expected at least one example to learn from, found none.")
+        batch = self.data_collator(kept)
+        device = next(self._model.parameters()).device
+        batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
+        with self._turn, torch.random.fork_rng(devices=[]):
+            return self._learn(batch, len(kept))
+
+    def _learn(self, batch: dict[str, Tensor], count: int) -> Profile:
+        with torch.no_grad():
+            for weight, start in zip(self._weights, self._start, strict=True):
+                weight.copy_(start)
+        fold_of = torch.arange(count) % _FOLDS
+        rows = [_ALL, *(1 + fold for fold in range(_FOLDS))] if count >= 2 * _FOLDS else [_ALL]
+        pairs = [
+            (row, place) for row in rows for place in range(count) if row == _ALL or int(fold_of[place]) != row - 1
+        ]
+        states = None
+        if self._prefix is not None:
+            states = self._prefix.record(self._model, {**batch, "adapter_names": torch.full((count,), -1)})
+        self._fit(batch, states, pairs, len(rows), count)
+        bits, gain_bits = self._profiles.packed()
+        if gain_bits is None:
+            return Profile(bits[_ALL].clone())
+        factor = self._factor(batch, states, fold_of, (bits, gain_bits)) if len(rows) > 1 else count / (count + _FOLDS)
+        return Profile(bits[_ALL].clone(), pack_halves(unpack_halves(gain_bits[_ALL]) * factor))
+
+    def _fit(
+        self, batch: dict[str, Tensor], states: Tensor | None, pairs: list[tuple[int, int]], rows: int, count: int
+    ) -> None:
+        """Train every row on its examples, all rows at once."""
+        optimizer = torch.optim.Adam(self._weights, lr=self._learning_rate)
+        share = min(1.0, self.settings.batch_size / count)
+        size = max(rows, round(len(pairs) * share))
+        order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)) if share < 1 else None
+        for step in range(self.settings.steps):
+            if order is None:
+                drawn = pairs
+            else:
+                drawn = [pairs[int(order[(step * size + place) % len(pairs)])] for place in range(size)]
+            row_of = torch.tensor([row for row, _ in drawn])
+            losses = self._losses(batch, states, row_of, torch.tensor([place for _, place in drawn]))
+            means = torch.zeros(rows).index_add(0, row_of, losses.cpu()) / torch.bincount(
+                row_of, minlength=rows
+            ).clamp_min(1)
+            optimizer.zero_grad()
+            means.sum().backward()
+            optimizer.step()
+
+    def _factor(
+        self, batch: dict[str, Tensor], states: Tensor | None, fold_of: Tensor, packed: tuple[Tensor, Tensor]
+    ) -> float:
+        """The factor of the gains that does best on the examples which each row was not trained on."""
+        bits, gain_bits = packed
+        gains, row_of, places = unpack_halves(gain_bits), 1 + fold_of, torch.arange(len(fold_of))
+        found = []
+        for factor in sorted(self.settings.gain_factors):
+            self._profiles.load((bits, pack_halves(gains * factor)))
+            with torch.no_grad():
+                found.append((float(self._losses(batch, states, row_of, places).mean()), factor))
+        return min(found)[1]
+
+    def _losses(self, batch: dict[str, Tensor], states: Tensor | None, rows: Tensor, places: Tensor) -> Tensor:
+        some = {key: value[places.to(value.device)] for key, value in batch.items()}
+        skipped = None if states is None else states[places.to(states.device)]
+        loss = self.settings.example_loss or partial(example_losses, causal=self._profiles.causal)
+        if self._prefix is None:
+            return loss(self._model(**some, adapter_names=rows), some)
+        with self._prefix.replayed(skipped):
+            return loss(self._model(**some, adapter_names=rows), some)
+
+
+_LEARNERS: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Learner]] = weakref.WeakKeyDictionary()
+_MAKING = threading.Lock()
+
+
+def learn_profile(
+    model: nn.Module,
+    bank: ProfileBank,
+    name: str,
+    examples: Sequence[Mapping[str, Any]],
+    settings: ProfileLearning | None = None,
+    *,
+    processing_class: Any = None,
+    data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
+) -> Profile:
+    """Learn one profile from a few examples and enter it in a bank, in place of one of the same name.
+
+    The first call for a model makes a :class:`Learner`, which is kept for the next ones.
+
+    Args:
+        model: the base of the bank, or a model that serves the bank. It is not modified: a model that serves the bank
+            does not see the profile before :meth:`~peft_xmask.ProfileBank.replace`.
+        bank: gets the profile. Its other profiles and its head stay as they are.
+        name: of the profile.
+        examples: tokenised, with labels.
+        settings: None: the defaults.
+        processing_class: tokenizer that pads batches.
+        data_collator: makes a batch of examples. None: pads with ``processing_class`` if there is one.
+
+    Returns:
+        The profile.
+
+    Raises:
+        ConfigError: an invalid name, no examples, or labels whose loss is not known.
+        BaseMismatchError, PoolMismatchError: the bank belongs to another base or pool.
+    """
+    config = bank.config
+    key = (
+        config.base_fingerprint, config.pool_fingerprint, config.scale, config.top_k, settings, id(processing_class),
+        id(data_collator), *(id(tensor) for tensor in bank.shared.values()),
+    )  # fmt: skip
+    with _MAKING:
+        known = _LEARNERS.get(model)
+        if known is None or known[0] != key:
+            learner = Learner(model, bank, settings, processing_class=processing_class, data_collator=data_collator)
+            known = _LEARNERS[model] = key, learner
+    profile = known[1].learn(examples)
+    bank.put(name, profile)
+    return profile
+
+
+def _sharing_weights(model: nn.Module) -> nn.Module:
+    """The base of a model, with the same weights in memory and modules of its own."""
+    shared: dict[int, Any] = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
+    shared.update({id(each): each for each in model.buffers()})
+    twin: Any = copy.deepcopy(model, shared)
+    return twin.unload() if isinstance(twin, PeftModel) else twin

@@ -1,0 +1,86 @@
+"""What comes before the first adapted block of a model, computed once for examples that are seen again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..tuners.base.peft_private import BaseTunerLayer
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The blocks of a model that come before its first adapted one.
+
+    Attributes:
+        blocks: run one after another, each on the output of the one before.
+    """
+
+    blocks: tuple[nn.Module, ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Prefix | None:
+        """The longest list of blocks (an ``nn.ModuleList``) in a model, up to the first block with an adapter.
+
+        None if there is no such list, if its first block is adapted, or if anything outside the list is adapted.
+        """
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+        if not lists:
+            return None
+        blocks = list(max(lists, key=lambda each: sum(1 for _ in each.modules())))
+        adapted = [_is_adapted(block) for block in blocks]
+        sites = sum(_is_site(module) for module in model.modules())
+        inside = sum(_is_site(module) for block in blocks for module in block.modules())
+        if True not in adapted or not adapted.index(True) or sites != inside:
+            return None
+        return cls(tuple(blocks[: adapted.index(True)]))
+
+    @torch.no_grad()
+    def record(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+        """The hidden states after the prefix, ``[B, T, d]``, of a forward pass in the mode the model is in.
+
+        None if the blocks return anything but hidden states, which then cannot be replayed.
+        """
+        found: list[Any] = []
+        hook = self.blocks[-1].register_forward_hook(lambda *parts: found.append(parts[-1]))
+        try:
+            model(**batch)
+        finally:
+            hook.remove()
+        return found[0] if len(found) == 1 and isinstance(found[0], Tensor) else None
+
+    @contextmanager
+    def replayed(self, states: Tensor | None) -> Iterator[None]:
+        """Within it, a forward pass of the same examples takes these states and skips the prefix.
+
+        What comes before the blocks, such as embeddings, still runs.
+
+        Args:
+            states: None: nothing is skipped.
+        """
+        if states is None:
+            yield
+            return
+        kept = [vars(block).get("forward") for block in self.blocks]
+        for block in self.blocks:
+            block.forward = lambda *_, **__: states
+        try:
+            yield
+        finally:
+            for block, forward in zip(self.blocks, kept, strict=True):
+                del block.forward
+                if forward is not None:
+                    block.forward = forward
+
+
+def _is_site(module: nn.Module) -> bool:
+    return isinstance(module, BaseTunerLayer) and getattr(module, "base_layer", None) is not None
+
+
+def _is_adapted(block: nn.Module) -> bool:
+    return any(_is_site(module) for module in block.modules())
