@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bank.names import BASE, NameIndex
+from ..bank.names import BASE, NameIndex, as_name
 from ..errors import ConfigError
-from .data import profile_name
 
 Example = Mapping[str, Any]
 Collator = Callable[[list[dict[str, Any]]], Any]
@@ -99,7 +98,7 @@ class ProfileCollator:
 
     def _find(self, value: object) -> int | None:
         assert self._index is not None
-        name = profile_name(value)
+        name = as_name(value)
         if not isinstance(name, str):
             return None
         return -1 if name == BASE else self._index.find(name)

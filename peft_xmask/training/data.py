@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..bank.names import NameIndex, check_name
+from ..bank.names import NameIndex, as_name, check_name
 from ..core.examples import fingerprint_examples
 from ..errors import ConfigError
 
@@ -66,13 +65,6 @@ class ProfileData:
         return torch.bincount(self.rows, minlength=len(self.index))
 
 
-def profile_name(value: object) -> object:
-    """A user id as the name of a profile: whole numbers become strings, anything else stays as it is."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
-    return str(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
-
-
 def _names_in(dataset: Any, column: str) -> list[str]:
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ConfigError(f"Expected a dataset with a length and examples by number, found a {type(dataset).__name__}.")
@@ -87,7 +79,7 @@ def _names_in(dataset: Any, column: str) -> list[str]:
         found = [dataset[place].get(column) for place in range(len(dataset))]
     names = []
     for place, value in enumerate(found):
-        name = profile_name(value)
+        name = as_name(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value)
         if not isinstance(name, str):
             raise ConfigError(
                 f"Expected a name in the column '{column}' of each example, found {value!r} in example {place}. Names "

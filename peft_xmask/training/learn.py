@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,18 +47,18 @@ class ProfileLearning:
         ConfigError: an invalid value.
     """
 
-    steps: int = 8
+    steps: int = 6
     batch_size: int = 32
     mask_learning_rate: float = 0.3
-    gain_factors: tuple[float, ...] = (0.0, 0.5, 1.0)
+    gain_factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
     example_loss: ExampleLoss | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "mask_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number above 0.")
-        if not self.gain_factors or not all(0 <= factor <= 1 for factor in self.gain_factors):
-            raise ConfigError(f"gain_factors={self.gain_factors!r} is invalid: expected numbers from 0 to 1.")
+        if not self.gain_factors or not all(0 <= factor < math.inf for factor in self.gain_factors):
+            raise ConfigError(f"gain_factors={self.gain_factors!r} is invalid: expected numbers of at least 0.")
 
 
 class Learner:
@@ -132,7 +133,7 @@ class Learner:
         with torch.no_grad():
             for weight, start in zip(self._weights, self._start, strict=True):
                 weight.copy_(start)
-        fold_of = torch.arange(count) % _FOLDS
+        fold_of = _folds(batch.get("labels"), count)
         rows = [_ALL, *(1 + fold for fold in range(_FOLDS))] if count >= 2 * _FOLDS else [_ALL]
         pairs = [
             (row, place) for row in rows for place in range(count) if row == _ALL or int(fold_of[place]) != row - 1
@@ -242,9 +243,20 @@ def learn_profile(
     return profile
 
 
+def _folds(labels: Tensor | None, count: int) -> Tensor:
+    """Which fold each example is in, long ``[n]``: drawn, and balanced over the labels where each example has one."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    if labels is not None and labels.dim() == 1:
+        order = order[torch.argsort(labels.cpu()[order], stable=True)]
+    folds = torch.empty(count, dtype=torch.long)
+    folds[order] = torch.arange(count) % _FOLDS
+    return folds
+
+
 def _sharing_weights(model: nn.Module) -> nn.Module:
     """The base of a model, with the same weights in memory and modules of its own."""
     shared: dict[int, Any] = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
     shared.update({id(each): each for each in model.buffers()})
     twin: Any = copy.deepcopy(model, shared)
-    return twin.unload() if isinstance(twin, PeftModel) else twin
+    base: nn.Module = twin.unload() if isinstance(twin, PeftModel) else twin
+    return base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,10 +33,10 @@ class Prefix:
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
         if not lists:
             return None
-        blocks = list(max(lists, key=lambda each: sum(1 for _ in each.modules())))
+        blocks = list(max(lists, key=_size))
         adapted = [_is_adapted(block) for block in blocks]
-        sites = sum(_is_site(module) for module in model.modules())
-        inside = sum(_is_site(module) for block in blocks for module in block.modules())
+        sites = sum(map(_is_site, model.modules()))
+        inside = sum(_is_site(module) for module in itertools.chain.from_iterable(block.modules() for block in blocks))
         if True not in adapted or not adapted.index(True) or sites != inside:
             return None
         return cls(tuple(blocks[: adapted.index(True)]))
@@ -76,6 +77,10 @@ class Prefix:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
+
+
+def _size(module: nn.Module) -> int:
+    return len(list(module.modules()))
 
 
 def _is_site(module: nn.Module) -> bool:

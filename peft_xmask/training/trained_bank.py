@@ -32,7 +32,9 @@ class TrainedBank(ProfileBank):
         """A bank with the profiles of both; ``bank`` is not modified."""
         content = bank.content()
         assert content.names is not None
-        whole = TrainedBank(bank.config, content.bits, content.gain_bits, content.names, content.shared)
+        whole = TrainedBank(
+            bank.config, content.bits, content.gain_bits, content.names, content.shared, content.offset_bits
+        )
         for name in self:
             whole.add(name, self[name])
         whole.metrics = self.metrics
