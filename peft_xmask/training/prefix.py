@@ -33,7 +33,7 @@ class Prefix:
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
         if not lists:
             return None
-        blocks = list(max(lists, key=_size))
+        blocks = max((list(each) for each in lists), key=lambda each: sum(map(_size, each)))
         adapted = [_is_adapted(block) for block in blocks]
         sites = sum(map(_is_site, model.modules()))
         inside = sum(_is_site(module) for module in itertools.chain.from_iterable(block.modules() for block in blocks))
