@@ -1,4 +1,4 @@
-"""MkDocs hooks: the README is the home page, CHANGELOG.md the changelog; both stay at the top level of the repository."""
+"""MkDocs hooks: README.md is the home page and CHANGELOG.md the changelog; both stay at the top level."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the two pages, with links relative to ``docs``."""
     for source, page in (("README.md", "index.md"), ("CHANGELOG.md", "changelog.md")):
         text = (ROOT / source).read_text(encoding="utf-8")
-        text = text.replace("](docs/", "](").replace('src="docs/', 'src="').replace("](CHANGELOG.md)", "](changelog.md)")
+        text = text.replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
         files.append(File.generated(config, page, content=text))
     return files
 
