@@ -21,7 +21,7 @@ from peft_xmask.errors import ConfigError
     ],
 )
 def test_what_cannot_be_is_refused_by_name(name, value):
-    with pytest.raises(ConfigError, match=f"{name}={value} is not possible"):
+    with pytest.raises(ConfigError, match=f"{name}={value} is invalid"):
         TrainSettings(**{name: value})
 
 

@@ -67,4 +67,4 @@ def method_config(
         return LoraConfig(task_type="SEQ_CLS", r=lora_rank, lora_alpha=2 * lora_rank)
     if method == "head":
         return LoraConfig(task_type="SEQ_CLS", target_modules=DUMMY_TARGET_MODULES)
-    raise ConfigError(f"method={method!r} is not known. Expected one of: {', '.join(METHODS)}.")
+    raise ConfigError(f"method={method!r} is unknown: expected one of {', '.join(METHODS)}.")

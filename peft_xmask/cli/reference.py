@@ -141,7 +141,7 @@ def load_model(name: str, task: Any, adapter: Path | None = None) -> nn.Module:
         return unloaded
     key = str(getattr(task, "value", task) or "FEATURE_EXTRACTION")
     if key not in TASKS:
-        raise ConfigError(f"task={key!r} is not known. Expected one of: {', '.join(TASKS)}.")
+        raise ConfigError(f"task={key!r} is unknown: expected one of {', '.join(TASKS)}.")
     model: nn.Module = getattr(transformers, TASKS[key]).from_pretrained(name)
     return model
 

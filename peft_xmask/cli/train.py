@@ -169,7 +169,7 @@ def _split(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     from ..errors import ConfigError
 
     if not 0.0 <= fraction < 1.0:
-        raise ConfigError(f"--eval-fraction {fraction} is not possible. Expected a number from 0 to below 1.")
+        raise ConfigError(f"--eval-fraction {fraction} is invalid: expected a number from 0 to below 1.")
     if fraction == 0.0:
         return rows, []
     shuffled = random.Random(seed).sample(rows, len(rows))

@@ -36,14 +36,14 @@ class TrainSettings:
     def __post_init__(self) -> None:
         for name in ("batch_size", "epochs", "learning_rate", "mask_learning_rate"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not possible. Expected a number above 0.")
+                raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number above 0.")
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
             raise ConfigError(
-                f"head_learning_rate={self.head_learning_rate!r} is not possible. Expected a number above 0."
+                f"head_learning_rate={self.head_learning_rate!r} is invalid: expected a number above 0."
             )
         if not 0 <= self.warmup < 1:
             raise ConfigError(
-                f"warmup={self.warmup!r} is not possible. Expected a share of the steps, at least 0, below 1."
+                f"warmup={self.warmup!r} is invalid: expected a share of the steps, at least 0, below 1."
             )
         if self.max_steps is not None and self.max_steps < 1:
-            raise ConfigError(f"max_steps={self.max_steps} is not possible. Expected at least 1.")
+            raise ConfigError(f"max_steps={self.max_steps} is invalid: expected at least 1.")

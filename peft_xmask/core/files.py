@@ -209,7 +209,7 @@ def require_storage_dtype(dtype: object) -> torch.dtype:
         ConfigError: not float32, bfloat16 or float16.
     """
     if not isinstance(dtype, torch.dtype) or dtype not in STORAGE_DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not possible. Expected torch.float32, torch.bfloat16 or torch.float16.")
+        raise ConfigError(f"dtype={dtype!r} is invalid: expected torch.float32, torch.bfloat16 or torch.float16.")
     return dtype
 
 

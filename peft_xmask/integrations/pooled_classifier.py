@@ -56,7 +56,7 @@ class PooledClassifierConfig(PreTrainedConfig):
         **kwargs: Any,
     ) -> None:
         if pooling not in POOLINGS:
-            raise ConfigError(f"pooling={pooling!r} is unknown. Expected one of: {', '.join(POOLINGS)}.")
+            raise ConfigError(f"pooling={pooling!r} is unknown: expected one of {', '.join(POOLINGS)}.")
         self.pooling = pooling
         self.text_length = text_length
         self.backbone_config = backbone_config

@@ -61,7 +61,7 @@ class XPEFTCallback(RecordCallback):
             *(("temperature", t) for t in temperature or ()),
         ):
             if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value!r} is not possible. Expected a number above 0.")
+                raise ConfigError(f"{name}={value!r} is invalid: expected a number above 0.")
         self.mask_learning_rate = mask_learning_rate
         self.temperature = temperature
         self.resume_from = resume_from

@@ -69,7 +69,7 @@ class RandomAdapters:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < limit:
                 raise ConfigError(
-                    f"{name}={value!r} is not possible. Expected a whole number, {least} <= {name} < {limit}."
+                    f"{name}={value!r} is invalid: expected a whole number, {least} <= {name} < {limit}."
                 )
         require_storage_dtype(self.dtype)
 

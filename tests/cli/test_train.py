@@ -124,11 +124,11 @@ def test_resume_continues_to_the_very_weights_of_an_uninterrupted_run(data, rows
         (("--data", "missing.jsonl"), "Expected a data file at 'missing.jsonl', found none"),
         (("--text", "prose"), "Expected a column 'prose'"),
         (("--method", "prompt"), "'prompt' is not one of"),
-        (("--top-k", 21), "top_k=21 is not possible"),
-        (("--batch-size", 0), "batch_size=0 is not possible"),
+        (("--top-k", 21), "top_k=21 is invalid"),
+        (("--batch-size", 0), "batch_size=0 is invalid"),
         (("--base", "/no/such/base"), "/no/such/base"),
         (("--resume",), "Expected a checkpoint to resume from"),
-        (("--eval-fraction", 1.5), "--eval-fraction 1.5 is not possible"),
+        (("--eval-fraction", 1.5), "--eval-fraction 1.5 is invalid"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, message, data, minilm, cli, tmp_path):

@@ -10,9 +10,9 @@ from peft_xmask.errors import ConfigError
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"mask_type": "fuzzy"}, "mask_type='fuzzy' is not known. Expected one of: 'hard', 'soft'"),
+        ({"mask_type": "fuzzy"}, "mask_type='fuzzy' is unknown: expected one of 'hard', 'soft'"),
         ({"top_k": 0}, "top_k=0"),
-        ({"top_k": 101}, "top_k=101 is not possible with 100 adapters"),
+        ({"top_k": 101}, "top_k=101 is invalid with 100 adapters"),
         ({"num_adapters": 0}, "num_adapters=0"),
         ({"bottleneck_size": -1}, "bottleneck_size=-1"),
         ({"num_profiles": 0}, "num_profiles=0"),
@@ -21,7 +21,7 @@ from peft_xmask.errors import ConfigError
         ({"insertion_form": "sideways"}, "insertion_form='sideways'"),
         ({"estimator": "magic"}, "estimator='magic'"),
         ({"mask_norm": "max"}, "mask_norm='max'"),
-        ({"mask_norm": "signs", "mask_type": "soft"}, 'mask_norm="signs" is not possible with mask_type="soft"'),
+        ({"mask_norm": "signs", "mask_type": "soft"}, 'mask_norm="signs" is invalid with mask_type="soft"'),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"logit_scale": -1.0}, "logit_scale=-1.0"),
         ({"scale": 0.0}, "scale=0.0"),

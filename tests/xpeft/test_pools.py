@@ -125,5 +125,5 @@ def test_loras_of_different_ranks_are_refused(make_adapters):
 
 def test_top_k_is_checked_against_the_pool(make_adapters, tiny_bert):
     folders, _ = make_adapters(lora)
-    with pytest.raises(ConfigError, match="top_k=4 is not possible with 3 adapters"):
+    with pytest.raises(ConfigError, match="top_k=4 is invalid with 3 adapters"):
         XPEFTConfig(pool=AdapterPool.from_lora(folders), top_k=4)

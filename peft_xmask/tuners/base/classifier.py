@@ -35,7 +35,7 @@ class Classifier:
 
     def __post_init__(self) -> None:
         if self.pooling not in POOLINGS:
-            raise ConfigError(f"pooling={self.pooling!r} is unknown. Expected one of: {', '.join(POOLINGS)}.")
+            raise ConfigError(f"pooling={self.pooling!r} is unknown: expected one of {', '.join(POOLINGS)}.")
         if not self.labels or not all(isinstance(name, str) for name in self.labels):
             raise ConfigError(f"Expected label names as a list of strings, found {self.labels!r}.")
 

@@ -103,7 +103,7 @@ def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         ConfigError: names the field, the value and the choices.
     """
     if value not in choices:
-        raise ConfigError(f"{name}={value!r} is not known. Expected one of: {', '.join(map(repr, choices))}.")
+        raise ConfigError(f"{name}={value!r} is unknown: expected one of {', '.join(map(repr, choices))}.")
 
 
 def require_positive(name: str, value: Any) -> None:
@@ -113,7 +113,7 @@ def require_positive(name: str, value: Any) -> None:
         ConfigError: names the field and the value.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name}={value!r} is not possible. Expected a whole number of at least 1.")
+        raise ConfigError(f"{name}={value!r} is invalid: expected a whole number of at least 1.")
 
 
 def _as_set(names: list[str] | set[str] | str | None) -> set[str] | str | None:

@@ -43,7 +43,7 @@ class BottleneckConfig(SiteConfig):
         self.peft_type = BOTTLENECK_ADAPTER
         require_positive("bottleneck_size", self.bottleneck_size)
         if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout!r} is not possible. Expected 0 <= dropout < 1.")
+            raise ConfigError(f"dropout={self.dropout!r} is invalid: expected 0 <= dropout < 1.")
 
     def card_facts(self) -> list[tuple[str, object]]:
         """What a model card says of the method's own settings."""

@@ -28,6 +28,6 @@ def combine(vectors: Sequence[Tensor], weights: Sequence[float], combination: st
     factors = torch.tensor(list(weights), dtype=torch.float64)
     total = factors.sum() if combination == "avg" else torch.ones(())
     if not factors.isfinite().all() or total == 0:
-        raise ConfigError(f"weights={list(weights)} is not possible. Expected finite numbers that do not cancel out.")
+        raise ConfigError(f"weights={list(weights)} is invalid: expected finite numbers that do not cancel out.")
     stacked = torch.stack([vector.detach().cpu().double().flatten() for vector in vectors])
     return ((factors / total) @ stacked).view(vectors[0].shape).to(vectors[0].device, vectors[0].dtype)

@@ -65,13 +65,13 @@ class MagnitudeMaskConfig(TargetConfig):
         super().__post_init__()
         self.peft_type = MAGNITUDE_MASK
         if isinstance(self.density, bool) or not isinstance(self.density, (int, float)) or not 0 < self.density <= 1:
-            raise ConfigError(f"density={self.density!r} is not possible. Expected a number above 0 and at most 1.")
+            raise ConfigError(f"density={self.density!r} is invalid: expected a number above 0 and at most 1.")
         require_choice("selection", self.selection, SELECTIONS)
         require_choice("scope", self.scope, SCOPES)
         if self.storage_dtype is not None:
             require_choice("storage_dtype", self.storage_dtype, STORAGE_DTYPES)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
-            raise ConfigError(f"seed={self.seed!r} is not possible. Expected a whole number from 0 to 2**64 - 1.")
+            raise ConfigError(f"seed={self.seed!r} is invalid: expected a whole number from 0 to 2**64 - 1.")
         self.expected_mask_fingerprint = self.mask_fingerprint
         if self.mask_fingerprint is not None:
             dtype_from_name(str(self.mask_dtype))

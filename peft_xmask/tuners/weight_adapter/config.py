@@ -64,11 +64,11 @@ class WeightAdapterConfig(TargetConfig):
         require_positive("r", self.r)
         require_choice("activation", self.activation, sorted(ACTIVATIONS))
         if isinstance(self.scale, bool) or not isinstance(self.scale, (int, float)) or not math.isfinite(self.scale):
-            raise ConfigError(f"scale={self.scale!r} is not possible. Expected a finite number.")
+            raise ConfigError(f"scale={self.scale!r} is invalid: expected a finite number.")
         if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout!r} is not possible. Expected 0 <= dropout < 1.")
+            raise ConfigError(f"dropout={self.dropout!r} is invalid: expected 0 <= dropout < 1.")
         if self.adapter_bias not in (None, True, False):
-            raise ConfigError(f"adapter_bias={self.adapter_bias!r} is not possible. Expected None, True or False.")
+            raise ConfigError(f"adapter_bias={self.adapter_bias!r} is invalid: expected None, True or False.")
         if self.storage_dtype is not None:
             require_choice("storage_dtype", self.storage_dtype, STORAGE_DTYPES)
 

@@ -33,7 +33,7 @@ class BakedRows:
         self.clear()
         if max_bytes < self.row_bytes:
             raise ConfigError(
-                f"max_bytes={max_bytes:,} is not possible: the mixed adapter of one profile takes {self.row_bytes:,} "
+                f"max_bytes={max_bytes:,} is too small: the mixed adapter of one profile takes {self.row_bytes:,} "
                 "bytes. Expected at least as many, or 0 for none."
             )
 

@@ -101,23 +101,23 @@ class XPEFTConfig(SiteConfig):
             require_choice("mask_norm", self.mask_norm, MASK_NORMS)
             if self.mask_norm == "signs" and self.mask_type != "hard":
                 raise ConfigError(
-                    'mask_norm="signs" is not possible with mask_type="soft", whose weights are above 0. Expected '
+                    'mask_norm="signs" is invalid with mask_type="soft", whose weights are above 0: expected '
                     'mask_type="hard", or another norm.'
                 )
         for name in ("temperature", "logit_scale"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not possible. Expected a number above 0.")
+                raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number above 0.")
         if self.scale is not None and not self.scale > 0:
-            raise ConfigError(f"scale={self.scale!r} is not possible. Expected a number above 0.")
+            raise ConfigError(f"scale={self.scale!r} is invalid: expected a number above 0.")
         if not self.gumbel_noise >= 0:
-            raise ConfigError(f"gumbel_noise={self.gumbel_noise!r} is not possible. Expected a number of at least 0.")
+            raise ConfigError(f"gumbel_noise={self.gumbel_noise!r} is invalid: expected a number of at least 0.")
         if isinstance(self.pool, os.PathLike):
             self.pool = os.fspath(self.pool)
         if isinstance(self.pool, AdapterPool):
             self._take_sizes(self.pool)
         elif not (self.pool is None or isinstance(self.pool, str)):
             raise ConfigError(
-                f"pool={self.pool!r} is not possible. Expected None, a folder or Hub id, or an AdapterPool."
+                f"pool={self.pool!r} is invalid: expected None, a folder or Hub id, or an AdapterPool."
             )
         if not isinstance(self.pool, str):
             self._check_top_k()
@@ -186,7 +186,7 @@ class XPEFTConfig(SiteConfig):
         require_positive("top_k", self.top_k)
         if self.top_k > self.num_adapters:
             raise ConfigError(
-                f"top_k={self.top_k} is not possible with {self.num_adapters} adapters in the pool. Expected at most "
+                f"top_k={self.top_k} is invalid with {self.num_adapters} adapters in the pool: expected at most "
                 f"{self.num_adapters}."
             )
 
