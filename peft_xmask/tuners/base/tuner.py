@@ -11,9 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.fingerprint import fingerprint_weights
-from ...errors import BaseMismatchError, ConfigError
+from ...errors import BaseMismatchError, ConfigError, TargetError
+from .calls import FirstPassWatch, refuse_uncalled, worth_adapting
 from .classifier import Classifier
 from .config import TargetConfig
+from .experts import is_fused_experts
+from .layer import TargetLayer, find_slow_path
 from .peft_private import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
@@ -21,6 +24,7 @@ from .peft_private import (
     check_target_module_exists,
     include_all_linear_layers,
 )
+from .targets import FFN_OUTPUT, torch_blocks
 
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
@@ -33,6 +37,37 @@ class TargetTuner(BaseTuner):
     """
 
     layer_cls: type[Any]
+    usual_targets: str
+    """What error messages suggest as ``target_modules``."""
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """Resolve ``target_modules=None``.
+
+        Raises:
+            TargetError: the architecture has no default.
+        """
+        if peft_config.target_modules is None:
+            peft_config.target_modules = self._default_targets(str(model_config.get("model_type")))
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _default_targets(self, model_type: str) -> str | set[str]:
+        known: Any = self.target_module_mapping
+        if model_type in known:
+            return str(known[model_type])
+        if found := torch_blocks(self.model, output_only=known is FFN_OUTPUT):
+            return found
+        fused = next((name for name, module in self.model.named_modules() if is_fused_experts(module)), None)
+        raise TargetError(
+            f"No default target_modules for the architecture {model_type!r}. Pass target_modules, the names of the "
+            f"modules to adapt (usually {self.usual_targets}). Architectures with a default: "
+            f"{', '.join(sorted(known))}."
+            + (
+                ""
+                if fused is None
+                else f" '{fused}' is a mixture of experts in fused parameters: MagnitudeMaskConfig adapts them; "
+                "XPEFTConfig and BottleneckConfig can have an adapter beside the module."
+            )
+        )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into the model, or leave the model as it was.
@@ -52,13 +87,18 @@ class TargetTuner(BaseTuner):
         self._parts: dict[str, Any] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            FirstPassWatch(model, {name: model.get_submodule(name) for name in self._parts})
         finally:
             self._parts = {}
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find the targets and check everything before the first module is replaced."""
+        everything = str(peft_config.target_modules).lower() == "all-linear"
         include_all_linear_layers(peft_config, model)
+        if everything:
+            peft_config.target_modules = worth_adapting(model, peft_config.target_modules)
         found = self._find_targets(peft_config, model)
+        refuse_uncalled(model, [name for name, _ in found])
         if found:  # PEFT has its own words for targets that match nothing
             self._parts = self._prepare_targets(peft_config, model, found)
 
@@ -126,6 +166,9 @@ class TargetTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+        layer.slow_path = find_slow_path(self.model, current_key, layer)
+        if layer.slow_path is not None:
+            layer.slow_path.take(not layer.disable_adapters)
 
     def _new_layer(self, target: nn.Module) -> Any:
         """What is put in a module's place."""
@@ -136,6 +179,12 @@ class TargetTuner(BaseTuner):
         self.unmerge_adapter()
         model: nn.Module = super().unload()
         return model
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        for module in self.model.modules():
+            if isinstance(module, TargetLayer) and module.slow_path is not None:
+                module.slow_path.take(False)
+        return super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import BaseMismatchError, MergeError, StaleGraphError
-from ..base.peft_private import BaseTunerLayer, check_adapters_to_merge
+from ...errors import BaseMismatchError, ConfigError, MergeError, StaleGraphError
+from ..base.layer import TargetLayer
+from ..base.peft_private import check_adapters_to_merge
 from ..sites.layer import module_widths
 from .autograd import Change, TrainedChange, run_changed
 from .flat_indices import FlatIndices
@@ -29,7 +30,7 @@ from .table import DeltaTable
 from .version import ParameterState, Served, TensorVersion
 
 
-class InPlaceLayer(nn.Module, BaseTunerLayer):
+class InPlaceLayer(TargetLayer):
     """Wraps one module. Subclasses say what each adapter adds to its parameters; several active adapters add up.
 
     :meth:`sync` is the only method that writes into the parameters. A forward pass calls it, and not the setting or
@@ -275,9 +276,14 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
             rows = [i for i, other in enumerate(adapter_names) if other == name]
             self._enter([name] if name != "__base__" and self.has(name) else [])
             try:
-                y = self.base_layer(x[rows], *args, **kwargs)
+                y = self.base_layer(x[rows], *(_picked(each, rows, x) for each in args), **kwargs)
             finally:
                 self._use.leave()
+            if not isinstance(y, Tensor):
+                raise ConfigError(
+                    f"Cannot pass `adapter_names` through a {type(self.base_layer).__name__}, which returns a "
+                    f"{type(y).__name__}: expected one tensor. Set one adapter for the whole batch instead."
+                )
             if out is None:
                 out = y.new_empty((x.shape[0], *y.shape[1:]))
             out[rows] = y
@@ -390,6 +396,11 @@ class InPlaceLayer(nn.Module, BaseTunerLayer):
                 each.on(self._overrides[name].parameter.device)
         self._find_unions()
         return applied
+
+
+def _picked(argument: Any, rows: list[int], x: Tensor) -> Any:
+    """The part of an argument that belongs to some rows of the input; all of it if it has other rows than the input."""
+    return argument[rows] if isinstance(argument, Tensor) and argument.shape[:1] == x.shape[:1] else argument
 
 
 def _same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

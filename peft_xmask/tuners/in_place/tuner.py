@@ -11,6 +11,8 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ...errors import ConfigError, FileFormatError, TargetError
+from ..base.calls import worth_adapting
+from ..base.experts import is_fused_experts
 from ..base.peft_private import AuxiliaryTrainingWrapper, BaseTunerLayer, set_adapter
 from ..base.tuner import TargetTuner
 from ..sites.layer import module_widths
@@ -68,8 +70,8 @@ class InPlaceTuner(TargetTuner):
 
         Raises:
             ConfigError: the base model has an attribute where the table would be.
-            TargetError: a target without such a parameter, on the meta device, shared with another module, or inside
-                an ``nn.MultiheadAttention``.
+            TargetError: a target without such a parameter, or one that is on the meta device, shared with another
+                module, or computed from other parameters.
         """
         present = getattr(model, TABLE, None)
         if present is not None and not isinstance(present, DeltaTable):
@@ -84,14 +86,15 @@ class InPlaceTuner(TargetTuner):
                     f"Module '{name}' is a {type(layer).__name__} without a weight of its own, which cannot be "
                     "adapted. Change target_modules or exclude_modules."
                 )
-            parent = model.get_submodule(name.rpartition(".")[0])
-            if isinstance(parent, nn.MultiheadAttention):
-                raise TargetError(
-                    f"Module '{name}' is used by its nn.MultiheadAttention without being called, so that its adapter "
-                    "would not be noticed. Add it to exclude_modules."
-                )
             for parameter_name in own:
                 parameter = getattr(layer, parameter_name)
+                if parameter_name not in layer._parameters:
+                    raise TargetError(
+                        f"The {parameter_name} of '{name}' is computed from other parameters in each forward pass (a "
+                        "parametrization, such as weight norm or spectral norm), so what is written into it would be "
+                        "lost. Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
+                        "remove_weight_norm, remove_spectral_norm), or add the module to exclude_modules."
+                    )
                 if parameter.is_meta:
                     raise TargetError(
                         f"The {parameter_name} of '{name}' is on the meta device: there are no numbers to start from. "
@@ -202,7 +205,10 @@ def find_table(model: nn.Module) -> DeltaTable:
 
 
 def linear_layers_of_blocks(model: nn.Module) -> str | None:
-    """A regular expression of every linear layer inside the model's lists of blocks; None if there are none."""
+    """A regular expression of every linear layer, and all fused experts, inside the model's lists of blocks.
+
+    None if there are none.
+    """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     inside: tuple[str, ...] = ()
     found: dict[str, set[str]] = defaultdict(set)
@@ -213,9 +219,9 @@ def linear_layers_of_blocks(model: nn.Module) -> str | None:
             inside = (*inside, f"{name}.")
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         owner = min((each for each in lists if name.startswith(f"{each}.")), key=len, default=None)
-        if owner is None or module_widths(layer) is None:
+        if owner is None or (module_widths(layer) is None and not is_fused_experts(layer)):
             continue
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        if not worth_adapting(model, {name}):
             continue
         _, _, rest = name.removeprefix(f"{owner}.").partition(".")
         if rest:
@@ -239,7 +245,12 @@ def _same_module(owner: str, name: str) -> bool:
 
 
 def parameter_names(module: nn.Module, *, bias: bool) -> list[str]:
-    """Names of the floating point parameters of a module that an adapter changes: weight, and bias if wanted."""
-    names = ["weight", "bias"] if bias else ["weight"]
-    found = {name: getattr(module, name, None) for name in names}
+    """Names of the floating point parameters of a module that an adapter changes: weight, and bias if wanted.
+
+    Of fused experts: all parameters, and those with a bias in their name if wanted.
+    """
+    if is_fused_experts(module):
+        found = {name: each for name, each in module._parameters.items() if bias or "bias" not in name}
+    else:
+        found = {name: getattr(module, name, None) for name in (["weight", "bias"] if bias else ["weight"])}
     return [name for name, each in found.items() if isinstance(each, Tensor) and torch.is_floating_point(each)]

@@ -16,27 +16,32 @@ from transformers.pytorch_utils import Conv1D
 
 from ...core.adapter import AdapterForm, AdapterPair, adapt
 from ...core.lora import LinearChange, parallel_change, sequential_change
-from ...errors import MergeError
+from ...errors import MergeError, TargetError
+from ..base.experts import experts_width
+from ..base.layer import TargetLayer
 from ..base.peft_private import BaseTunerLayer, check_adapters_to_merge
 
 
 def module_widths(module: nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a linear module; None for a module that is not linear."""
+    """Input and output width of a linear module, or of fused experts; None for any other module."""
     if isinstance(module, Conv1D):
         return int(module.weight.shape[0]), int(module.nf)
     widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(widths[0], int) and isinstance(widths[1], int) and not isinstance(module, BaseTunerLayer):
         return widths  # type: ignore[return-value]
-    return None
+    width = experts_width(module)
+    return None if width is None else (width, width)
 
 
 def device_of(module: nn.Module) -> torch.device | None:
     """Where a module's weight is; None if it has none or it is on the meta device."""
     weight = getattr(module, "weight", None)
+    if weight is None:  # fused experts
+        weight = next(module.parameters(recurse=False), None)
     return weight.device if isinstance(weight, Tensor) and not weight.is_meta else None
 
 
-class SiteLayer(nn.Module, BaseTunerLayer):
+class SiteLayer(TargetLayer):
     """Wraps one linear module. Subclasses say which adapters there are, and give each as a pair of matrices.
 
     Several active adapters add up, each reading the module's own input or output:
@@ -74,6 +79,11 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         y: Tensor = self.base_layer(x, *args, **kwargs)
+        if not isinstance(y, Tensor):
+            raise TargetError(
+                f"Expected one tensor from the adapted {type(self.base_layer).__name__}, found a {type(y).__name__}. "
+                "Add this module to exclude_modules."
+            )
         if self.disable_adapters or self.merged:
             return y
         if adapter_names is not None:
@@ -127,8 +137,8 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if kind := self._not_plain():
             return (
-                f"its weight is quantised or sharded ({kind}): merging would round it, or change a part of it. Use the "
-                "adapter unmerged."
+                f"its weight is not one plain tensor, but quantised, sharded, or computed ({kind}): merging would "
+                "round it, change a part of it, or be lost. Use the adapter unmerged."
             )
         for name in adapter_names:
             if self.form(name) is None:
@@ -145,6 +155,8 @@ class SiteLayer(nn.Module, BaseTunerLayer):
         if not isinstance(base, (nn.Linear, Conv1D)):
             return type(base).__name__
         plain = type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
+        if plain and "weight" not in base._parameters:
+            return f"{type(base).__name__}, computed from other parameters"
         return None if plain else type(base.weight).__name__
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.sites import Site
 from ...errors import MergeError, TargetError
@@ -23,21 +23,13 @@ class SiteTuner(TargetTuner):
 
     layer_cls: type[SiteLayer]
     target_module_mapping: Any = FFN_OUTPUT
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
-            raise TargetError(
-                f"No default target_modules for the architecture {model_config.get('model_type')!r}. Pass "
-                "target_modules, the names of the modules to adapt (usually the last linear layer of each feed-forward "
-                f"network). Architectures with a default: {', '.join(sorted(self.target_module_mapping))}."
-            )
-        return super()._prepare_adapter_config(peft_config, model_config)
+    usual_targets = "the last linear layer of each feed-forward network"
 
     def _prepare_targets(
         self, config: SiteConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
     ) -> dict[str, Any]:
         sites = [_site(config, name, layer) for name, layer in found]
-        self._check_base(config, (getattr(layer, "weight", None) for _, layer in found))
+        self._check_base(config, (_numbers(layer) for _, layer in found))
         return self._prepare_sites(config, model, sites)
 
     def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, Any]:
@@ -52,11 +44,18 @@ class SiteTuner(TargetTuner):
                 raise MergeError(f"Cannot merge into '{name}': {reason}")
 
 
+def _numbers(layer: nn.Module) -> Tensor | None:
+    """What tells one base from another: a module's weight, or the last parameter of fused experts."""
+    weight = getattr(layer, "weight", None)
+    return weight if isinstance(weight, Tensor) else getattr(layer, "down_proj", None)
+
+
 def _site(config: SiteConfig, name: str, layer: nn.Module) -> Site:
     widths = module_widths(layer)
     if widths is None:
         raise TargetError(
             f"Module '{name}' is a {type(layer).__name__}, which cannot carry an adapter; expected a linear layer "
-            "(nn.Linear, transformers' Conv1D, or a quantised linear). Change target_modules or exclude_modules."
+            "(nn.Linear, transformers' Conv1D, a quantised linear, or fused experts with a router). Change "
+            "target_modules or exclude_modules."
         )
     return Site(name, widths[0] if config.insertion_form == "parallel" else widths[1], widths[1])

@@ -30,15 +30,7 @@ class WeightAdapterModel(InPlaceTuner):
     layer_cls = WeightAdapterLayer
     table_cls = ResultTable
     target_module_mapping: Any = FFN_LINEAR
-
-    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        if peft_config.target_modules is None and model_config.get("model_type") not in self.target_module_mapping:
-            raise TargetError(
-                f"No default target_modules for the architecture {model_config.get('model_type')!r}. Pass "
-                "target_modules, the names of the modules to adapt (usually the linear layers of each feed-forward "
-                f"network). Architectures with a default: {', '.join(sorted(self.target_module_mapping))}."
-            )
-        return super()._prepare_adapter_config(peft_config, model_config)
+    usual_targets = "the linear layers of each feed-forward network"
 
     def _prepare_targets(
         self, config: WeightAdapterConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
@@ -152,7 +144,7 @@ def _has_shift(config: WeightAdapterConfig, numbers: Tensor) -> bool:
 
 def _adapted_parameters(layer: nn.Module, config: WeightAdapterConfig) -> list[str]:
     names = parameter_names(layer, bias=config.target != "weight")
-    return [name for name in names if config.target in (name, "both")]
+    return [name for name in names if config.target in (name, "both") and name in ("weight", "bias")]
 
 
 def _refuse_missing_biases(config: WeightAdapterConfig, found: list[tuple[str, nn.Module]]) -> None:

@@ -1,0 +1,76 @@
+"""What stands in the place of an adapted module, and is called whenever it should be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .peft_private import BaseTunerLayer
+
+_OWN_SETTING = "own_use_nested_tensor"
+"""Attribute of an ``nn.TransformerEncoder``: its own ``use_nested_tensor``, while adapters are at work in it."""
+
+
+class SlowPath:
+    """Makes an ``nn.TransformerEncoderLayer`` call an adapted module.
+
+    In eval mode such a layer hands the weights of its modules to one fused kernel, unless one of them has a hook, and
+    the encoder around it turns padded batches into nested tensors. While adapters are enabled, the adapted module has
+    a hook that does nothing, and the encoder keeps padded batches as they are.
+
+    Args:
+        layer: in the place of the adapted module.
+        encoder: around it; None: there is none.
+    """
+
+    def __init__(self, layer: nn.Module, encoder: nn.TransformerEncoder | None) -> None:
+        self._layer, self._encoder = (layer,), (encoder,)
+        self._handle: Any = None
+
+    def take(self, wanted: bool) -> None:
+        """Take the slow path from now on, or leave the choice to PyTorch."""
+        (layer,), (encoder,) = self._layer, self._encoder
+        if wanted and self._handle is None:
+            self._handle = layer.register_forward_pre_hook(_nothing)
+        elif not wanted and self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if encoder is None:
+            return
+        if wanted and not hasattr(encoder, _OWN_SETTING):
+            setattr(encoder, _OWN_SETTING, getattr(encoder, "use_nested_tensor", False))
+            encoder.use_nested_tensor = False
+        elif not wanted and hasattr(encoder, _OWN_SETTING):
+            encoder.use_nested_tensor = getattr(encoder, _OWN_SETTING)
+            delattr(encoder, _OWN_SETTING)
+
+
+class TargetLayer(nn.Module, BaseTunerLayer):
+    """Base of the layers that stand in the place of an adapted module."""
+
+    slow_path: SlowPath | None = None
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enable or disable all adapters."""
+        super().enable_adapters(enabled)
+        if self.slow_path is not None:
+            self.slow_path.take(enabled)
+
+
+def find_slow_path(model: nn.Module, name: str, layer: nn.Module) -> SlowPath | None:
+    """What an adapted module needs in order to be called; None for modules whose parents always call them.
+
+    Args:
+        name: of the module in its model.
+        layer: what is put in its place.
+    """
+    parents = [model.get_submodule(name[:i]) for i, letter in enumerate(name) if letter == "."]
+    if not parents or not isinstance(parents[-1], nn.TransformerEncoderLayer):
+        return None
+    encoders = [each for each in parents if isinstance(each, nn.TransformerEncoder)]
+    return SlowPath(layer, encoders[-1] if encoders else None)
+
+
+def _nothing(*_: Any) -> None:
+    """Do nothing: that there is a hook is enough."""
