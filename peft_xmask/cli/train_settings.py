@@ -38,12 +38,8 @@ class TrainSettings:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number above 0.")
         if self.head_learning_rate is not None and not self.head_learning_rate > 0:
-            raise ConfigError(
-                f"head_learning_rate={self.head_learning_rate!r} is invalid: expected a number above 0."
-            )
+            raise ConfigError(f"head_learning_rate={self.head_learning_rate!r} is invalid: expected a number above 0.")
         if not 0 <= self.warmup < 1:
-            raise ConfigError(
-                f"warmup={self.warmup!r} is invalid: expected a share of the steps, at least 0, below 1."
-            )
+            raise ConfigError(f"warmup={self.warmup!r} is invalid: expected a share of the steps, at least 0, below 1.")
         if self.max_steps is not None and self.max_steps < 1:
             raise ConfigError(f"max_steps={self.max_steps} is invalid: expected at least 1.")

@@ -68,9 +68,7 @@ class RandomAdapters:
         for name, least, limit in (("num_adapters", 1, 2**31), ("bottleneck_size", 1, 2**31), ("seed", 0, 2**64)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < limit:
-                raise ConfigError(
-                    f"{name}={value!r} is invalid: expected a whole number, {least} <= {name} < {limit}."
-                )
+                raise ConfigError(f"{name}={value!r} is invalid: expected a whole number, {least} <= {name} < {limit}.")
         require_storage_dtype(self.dtype)
 
     @property

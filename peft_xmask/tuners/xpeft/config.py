@@ -116,9 +116,7 @@ class XPEFTConfig(SiteConfig):
         if isinstance(self.pool, AdapterPool):
             self._take_sizes(self.pool)
         elif not (self.pool is None or isinstance(self.pool, str)):
-            raise ConfigError(
-                f"pool={self.pool!r} is invalid: expected None, a folder or Hub id, or an AdapterPool."
-            )
+            raise ConfigError(f"pool={self.pool!r} is invalid: expected None, a folder or Hub id, or an AdapterPool.")
         if not isinstance(self.pool, str):
             self._check_top_k()
         self.expected_pool_fingerprint = self.pool_fingerprint
