@@ -1,6 +1,7 @@
 """Where this package meets its neighbours."""
 
 from ..tuners.base.model_card import complete_cards_of_peft
+from ..tuners.base.saving import save_adapters_as_a_whole
 from .export import export_lora
 from .fold import fold
 from .pooled_classifier import MeanPooledClassifier, PooledClassifierConfig, register
@@ -22,3 +23,4 @@ __all__ = [
 
 register()
 complete_cards_of_peft()
+save_adapters_as_a_whole()

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig
 
+from ...core.files import write_folder
 from ...errors import ConfigError
 
 
@@ -71,7 +72,8 @@ class TargetConfig(PeftConfig):
 
         PEFT calls this last when it saves an adapter, see :mod:`peft_xmask.tuners.base.model_card`.
         """
-        super().save_pretrained(save_directory, **kwargs)
+        with write_folder(Path(save_directory)) as beside:  # PEFT empties the file before it fills it
+            super().save_pretrained(str(beside), **kwargs)
         from .model_card import complete_card  # it stands above the tuners, which stand on this file
 
         complete_card(Path(save_directory), self)
