@@ -14,7 +14,7 @@ from torch import nn
 from ..core.hub import HubOptions, find_folder, upload
 from ..errors import ConfigError
 from ..tuners.xpeft import XPEFTConfig
-from ..tuners.xpeft.model import find_table
+from ..tuners.xpeft.table import find_table
 from .bake import BakedLora, LoraBaker
 from .compatibility import check_alike
 from .merging import without_twins, write_merged
@@ -75,7 +75,7 @@ class ProfileBank(BankRows):
             ConfigError: no such adapter, invalid names, or another number of them than of rows.
         """
         table = find_table(model)
-        name = next((name for name in model.active_adapters if name in table.specs), None)
+        name = next((name for name in model.active_adapters if name in table.adapters), None)
         if name is None:
             raise ConfigError("Expected a PEFT model whose active adapter is one of X-PEFT, found none.")
         state = get_peft_model_state_dict(model, adapter_name=name)

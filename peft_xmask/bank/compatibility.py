@@ -10,7 +10,16 @@ from torch import Tensor
 from ..errors import BaseMismatchError, ConfigError, PoolMismatchError
 from .rows import BankRows
 
-_KIND = ("num_adapters", "bottleneck_size", "mask_type", "top_k", "mask_norm", "learn_gain", "activation", "layer_norm")
+_KIND = (
+    "num_adapters",
+    "bottleneck_size",
+    "mask_type",
+    "top_k",
+    "mask_weighting",
+    "learn_gain",
+    "activation",
+    "layer_norm",
+)
 
 
 def check_alike(bank: BankRows, other: BankRows) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.masks import MASK_NORMS
+from ..core.masks import MASK_WEIGHTINGS
 from ..errors import FileFormatError
 from ..tuners.base.config import require_choice, require_positive
 from ..tuners.xpeft import XPEFTConfig
@@ -47,7 +47,7 @@ def config_of(fields: Mapping[str, Any], where: str) -> XPEFTConfig:
         kept = {name: value for name, value in fields.items() if name != "num_profiles"}
         config: XPEFTConfig = XPEFTConfig.from_peft_type(**kept)
         require_positive("top_k", config.top_k)
-        require_choice("mask_norm", config.mask_norm, MASK_NORMS)
+        require_choice("mask_weighting", config.mask_weighting, MASK_WEIGHTINGS)
         for name, kinds in _KINDS.items():
             if not isinstance(getattr(config, name), kinds):
                 raise ValueError(f"{name}={getattr(config, name)!r} is invalid")

@@ -17,7 +17,7 @@ from .storage import in_blocks
 
 FIELDS = (
     "base_model_name_or_path", "base_fingerprint", "pool_fingerprint", "num_adapters", "bottleneck_size", "mask_type",
-    "top_k", "mask_norm", "scale", "learn_gain", "activation", "layer_norm", "insertion_form",
+    "top_k", "mask_weighting", "scale", "learn_gain", "activation", "layer_norm", "insertion_form",
 )  # fmt: skip
 """Settings that are compared."""
 

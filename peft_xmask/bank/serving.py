@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..tuners.xpeft import XPEFTConfig
-from ..tuners.xpeft.model import find_table
+from ..tuners.xpeft.table import find_table
 from .names import NameIndex
 from .storage import BITS, GAIN_BITS, OFFSET_BITS, ROWS, Content
 
@@ -66,8 +66,8 @@ def served_content(model: PeftModel, adapter_name: str) -> Content:
     Raises:
         ConfigError: it serves no bank.
     """
-    table = find_table(model)
-    names = table.names.get(adapter_name)
+    masks = find_table(model).adapters.get(adapter_name)
+    names = None if masks is None else masks.names
     if not isinstance(names, NameIndex):
         raise ConfigError(
             f"Expected an adapter '{adapter_name}' that serves a bank, found none. Attach the bank first."

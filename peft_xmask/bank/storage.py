@@ -24,12 +24,12 @@ from ..core.tensor_file import MappedTensors, header_sha256, map_tensors, write_
 from ..errors import FileFormatError, LockedError
 from ..tuners.base.classifier import CONFIG_FILE as MODEL_CONFIG
 from ..tuners.base.model_card import complete_card
-from ..tuners.xpeft import XPEFTConfig
+from ..tuners.xpeft import XPEFTConfig, keys
+from ..tuners.xpeft.keys import file_key
 from .config import config_of, fields_of
 from .names import TENSORS, NameIndex
 
-_KEY = "base_model.model.mask_table.{}.weight"
-BITS, GAIN_BITS, OFFSET_BITS = (_KEY.format(part) for part in ("xpeft_bits", "xpeft_gain_bits", "xpeft_offset_bits"))
+BITS, GAIN_BITS, OFFSET_BITS = (file_key(part) for part in (keys.BITS, keys.GAIN_BITS, "xpeft_offset_bits"))
 ROWS = (BITS, GAIN_BITS, OFFSET_BITS)
 """Tensors with a row for each profile, by their names in a file."""
 

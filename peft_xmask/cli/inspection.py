@@ -210,8 +210,8 @@ def _check_masks(bits: Tensor, gain_bits: Tensor | None, config: Mapping[str, An
             num_adapters=int(config["num_adapters"]),
             mask_type=str(config["mask_type"]),
             top_k=int(config["top_k"]),
-            norm="mean",
-            estimator="identity",
+            weighting="mean",
+            estimator="straight_through",
             scale=1.0,
             learn_gain=gain_bits is not None,
         )
@@ -221,7 +221,9 @@ def _check_masks(bits: Tensor, gain_bits: Tensor | None, config: Mapping[str, An
 
 
 def _part(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
-    return next((tensor for key, tensor in tensors.items() if key.endswith(f"mask_table.{name}.weight")), None)
+    from ..tuners.xpeft.keys import ending
+
+    return next((tensor for key, tensor in tensors.items() if key.endswith(ending(name))), None)
 
 
 def _labels(folder: Path) -> list[str] | None:

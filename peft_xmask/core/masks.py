@@ -11,28 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ESTIMATORS = ("identity", "softmax", "sigmoid")
+ESTIMATORS = ("straight_through", "softmax", "sigmoid")
 """How a gradient passes a hard mask; see :func:`hard_mask`."""
 
 
-MASK_NORMS = ("variance", "mean", "signs")
-"""What a mask's weights are normalised to; see :func:`hard_mask`."""
+MASK_WEIGHTINGS = ("variance", "mean", "signed")
+"""The weights of a mask; see :func:`hard_weights`."""
 
 
 GAIN_STEP = 0.1
 """How fast the logarithm of a gain moves, against a logit."""
 
 
-def hard_mask(logits: Tensor, top_k: int, *, estimator: str, norm: str, temperature: float = 1.0) -> Tensor:
-    """Exactly ``top_k`` of N chosen, with a straight-through gradient.
+def hard_mask(logits: Tensor, top_k: int, *, estimator: str, weighting: str, temperature: float = 1.0) -> Tensor:
+    """Choose exactly ``top_k`` of N, with a surrogate gradient.
 
-    The ``top_k`` largest logits are chosen (ties: the lower index wins), and :func:`hard_weights` gives each its
-    weight, of size w. The gradient is that of a soft stand-in:
+    The ``top_k`` largest logits are chosen (of equal ones the lower index wins), and :func:`hard_weights` gives each
+    its weight, of size w. The gradient is that of a surrogate:
 
-    - ``identity``: ``m = w * logits``;
+    - ``straight_through``: ``m = w * logits``;
     - ``softmax``: ``m = w * k * softmax(logits / temperature)``;
-    - ``sigmoid``: ``m = w * sigmoid((logits - t) / temperature)``, t half-way between the last logit that is in and the
-      first that is out.
+    - ``sigmoid``: ``m = w * sigmoid((logits - t) / temperature)``, where t is half-way between the smallest chosen
+      logit and the largest other one.
 
     Args:
         logits: float32, shape ``[..., N]``.
@@ -40,16 +40,16 @@ def hard_mask(logits: Tensor, top_k: int, *, estimator: str, norm: str, temperat
     Returns:
         float32, shape ``[..., N]``.
 
-    Source: X-PEFT (arXiv 2401.16137) for k-hot masks; the estimators and norms are ours to choose from.
+    Source: X-PEFT (arXiv 2401.16137) for k-hot masks; the choice of estimators and weightings is ours.
     """
-    mask: Tensor = _HardMask.apply(logits, top_k, estimator, norm, temperature)  # type: ignore[no-untyped-call]
+    mask: Tensor = _HardMask.apply(logits, top_k, estimator, weighting, temperature)  # type: ignore[no-untyped-call]
     return mask
 
 
-def soft_mask(logits: Tensor, *, norm: str, temperature: float = 1.0) -> Tensor:
-    """Softmax weights, normalised, of logits rounded to half precision as they are shipped.
+def soft_mask(logits: Tensor, *, weighting: str, temperature: float = 1.0) -> Tensor:
+    """Softmax weights of logits that are first rounded to half precision, as they are shipped.
 
-    ``s = softmax(half(logits / temperature))``; for ``norm="mean"`` ``m = s``, for ``norm="variance"``
+    ``s = softmax(half(logits / temperature))``. ``weighting="mean"`` gives ``m = s``, ``weighting="variance"`` gives
     ``m = s / |s|_2``.
 
     Args:
@@ -58,9 +58,9 @@ def soft_mask(logits: Tensor, *, norm: str, temperature: float = 1.0) -> Tensor:
     Returns:
         float32, shape ``[..., N]``.
 
-    Source: X-PEFT (arXiv 2401.16137); the ``variance`` norm is ours.
+    Source: X-PEFT (arXiv 2401.16137); the ``variance`` weighting is ours.
     """
-    mask: Tensor = _SoftMask.apply(logits, norm == "variance", temperature)  # type: ignore[no-untyped-call]
+    mask: Tensor = _SoftMask.apply(logits, weighting == "variance", temperature)  # type: ignore[no-untyped-call]
     return mask
 
 
@@ -131,22 +131,22 @@ def select_top_k(logits: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(logits, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
-def hard_weights(chosen: Tensor, top_k: int, norm: str) -> Tensor:
-    """Weights of hard masks, float32: ``w`` for what is chosen, and for the rest 0, or ``-w`` where bits are signs.
+def hard_weights(chosen: Tensor, top_k: int, weighting: str) -> Tensor:
+    """Weights of hard masks, float32: ``w`` for a chosen adapter; 0, or with ``signed`` ``-w``, for any other.
 
-    ``w = 1/sqrt(k)`` for ``variance`` (a mix of independent adapters then has the variance of one), ``1/k`` for
-    ``mean``, ``1/sqrt(N)`` for ``signs``. Signs keep the variance too, and all of it is the mask's to steer: half of
-    that of a mix of N/2 adapters is a part that is the same whatever is chosen.
+    ``w`` is ``1/sqrt(k)`` for ``variance``, ``1/k`` for ``mean`` and ``1/sqrt(N)`` for ``signed``. With ``variance``
+    and ``signed`` a mix of independent adapters has the variance of one adapter. With ``signed`` the mask steers all of
+    that variance; with ``variance`` and k = N/2, half of it is the same for every mask.
 
     Shapes: booleans ``[..., N] -> [..., N]``.
     """
-    weight = _weight(chosen.shape[-1], top_k, norm)
+    weight = _weight(chosen.shape[-1], top_k, weighting)
     ones = chosen.float()
-    return (2.0 * ones - 1.0) * weight if norm == "signs" else ones * weight
+    return (2.0 * ones - 1.0) * weight if weighting == "signed" else ones * weight
 
 
-def _weight(num_adapters: int, top_k: int, norm: str) -> float:
-    return 1.0 / top_k if norm == "mean" else 1.0 / math.sqrt(num_adapters if norm == "signs" else top_k)
+def _weight(num_adapters: int, top_k: int, weighting: str) -> float:
+    return 1.0 / top_k if weighting == "mean" else 1.0 / math.sqrt(num_adapters if weighting == "signed" else top_k)
 
 
 def mix(mask: Tensor, pool: Tensor) -> Tensor:
@@ -174,10 +174,10 @@ class _HardMask(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, top_k: int, estimator: str, norm: str, temperature: float) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, top_k: int, estimator: str, weighting: str, temperature: float) -> Tensor:
         selected = select_top_k(logits, top_k)
         ctx.estimator, ctx.temperature, ctx.top_k = estimator, temperature, top_k
-        ctx.weight = _weight(logits.shape[-1], top_k, norm)
+        ctx.weight = _weight(logits.shape[-1], top_k, weighting)
         if estimator == "softmax":
             ctx.stand_in = torch.softmax(logits / temperature, dim=-1)
         elif estimator == "sigmoid":
@@ -185,7 +185,7 @@ class _HardMask(torch.autograd.Function):
             first_out = logits.masked_fill(selected, -torch.inf).amax(-1, keepdim=True)
             threshold = torch.where(first_out.isinf(), last_in, (last_in + first_out) / 2)
             ctx.stand_in = torch.sigmoid((logits - threshold) / temperature)
-        return hard_weights(selected, top_k, norm).to(logits.dtype)
+        return hard_weights(selected, top_k, weighting).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:

@@ -16,8 +16,8 @@ from ..core.files import write_tensors
 from ..core.masks import select_top_k
 from ..errors import ConfigError, PeftXMaskWarning
 from ..tuners.base.state import gathered, sharded_as
-from ..tuners.xpeft.model import find_table
-from ..tuners.xpeft.table import MaskTable
+from ..tuners.xpeft.masks import AdapterMasks
+from ..tuners.xpeft.table import MaskTable, find_table
 from .checkpoints import check_shape, checkpoint_folder, find_state
 from .record import RecordCallback
 
@@ -75,9 +75,9 @@ class XPEFTCallback(RecordCallback):
         table = find_table(kwargs["model"])
         if state.global_step > 0:
             self._restore(table, args, state.global_step)
-        for name in trained_adapters(table):
+        for masks in trained_adapters(table):
             if self.mask_learning_rate is not None and args.learning_rate > 0:
-                set_logit_scale(kwargs["model"], table, name, self.mask_learning_rate / args.learning_rate)
+                set_logit_scale(kwargs["model"], masks, self.mask_learning_rate / args.learning_rate)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -88,8 +88,8 @@ class XPEFTCallback(RecordCallback):
         start, end = self.temperature
         done = state.global_step / max(1, state.max_steps)
         table = find_table(kwargs["model"])
-        for name in trained_adapters(table):
-            table.temperature[name] = start * math.exp(done * math.log(end / start))
+        for masks in trained_adapters(table):
+            masks.temperature = start * math.exp(done * math.log(end / start))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add mask statistics to what is logged."""
@@ -98,10 +98,10 @@ class XPEFTCallback(RecordCallback):
         if logs is None or "loss" not in logs:
             return
         table = find_table(kwargs["model"])
-        names = trained_adapters(table)
-        for name in names:
-            found = self._statistics(table, name)
-            suffix = "" if len(names) == 1 else f"/{name}"
+        trained = trained_adapters(table)
+        for masks in trained:
+            found = self._statistics(masks)
+            suffix = "" if len(trained) == 1 else f"/{masks.name}"
             logs.update({f"{key}{suffix}": value for key, value in found.items()})
         if state.log_history and "loss" in state.log_history[-1]:
             state.log_history[-1].update({key: value for key, value in logs.items() if key.startswith("mask_")})
@@ -110,11 +110,9 @@ class XPEFTCallback(RecordCallback):
         """Write the logits beside the checkpoint."""
         table = find_table(kwargs["model"])
         tensors, notes = {}, {}
-        for name in trained_adapters(table):
-            tensors[f"{name}.logits"] = gathered(table.xpeft_logits[name].weight)
-            if name in table.xpeft_gain:
-                tensors[f"{name}.gain"] = gathered(table.xpeft_gain[name].weight)
-            notes[name] = {"logit_scale": table.logit_scale[name], "temperature": table.temperature[name]}
+        for masks in trained_adapters(table):
+            tensors.update({f"{masks.name}.{part}": gathered(it) for part, it in masks.trained_state().items()})
+            notes[masks.name] = {"logit_scale": masks.logit_scale, "temperature": masks.temperature}
         if not args.should_save:  # as the Trainer's own files: by one process, though all have gathered
             return
         metadata = {"global_step": str(state.global_step), "adapters": json.dumps(notes)}
@@ -139,46 +137,48 @@ class XPEFTCallback(RecordCallback):
             stacklevel=2,
         )
 
-    def _statistics(self, table: MaskTable, name: str) -> dict[str, float]:
-        spec = table.specs[name]
+    def _statistics(self, masks: AdapterMasks) -> dict[str, float]:
+        spec, state = masks.spec, masks.trained_state()
         with torch.no_grad():
-            logits = gathered(table.xpeft_logits[name].weight).float().unflatten(1, spec.logits_shape[1:])
-            soft = torch.softmax(logits * (table.logit_scale[name] / table.temperature[name]), dim=-1)
+            logits = gathered(state["logits"]).float().unflatten(1, spec.logits_shape[1:])
+            soft = torch.softmax(logits * (masks.logit_scale / masks.temperature), dim=-1)
             entropy = -(soft * soft.clamp_min(1e-30).log()).sum(-1).mean() / max(math.log(spec.num_adapters), 1e-30)
             found = {"mask_entropy": round(float(entropy), 4)}
             if spec.mask_type == "hard":
                 chosen = select_top_k(logits, spec.top_k)
-                before = self._last_choice.get(name)
+                before = self._last_choice.get(masks.name)
                 if before is not None:
                     found["mask_churn"] = round(float((chosen & ~before).sum() / chosen.sum()), 4)
-                self._last_choice[name] = chosen
-            if name in table.xpeft_gain:
-                _, gain_bits = table.pack(name, logits.flatten(1), table.xpeft_gain[name].weight)
+                self._last_choice[masks.name] = chosen
+            if "gain" in state:
+                _, gain_bits = masks.pack(logits.flatten(1), state["gain"])
                 found["mask_gain"] = round(float(gain_bits.view(torch.float16).float().mean()), 4)
         return found
 
 
-def trained_adapters(table: MaskTable) -> list[str]:
-    """Names of the adapters that are being trained."""
-    return [name for name, trained in table.xpeft_logits.items() if trained.weight.requires_grad]
+def trained_adapters(table: MaskTable) -> list[AdapterMasks]:
+    """The adapters that are being trained."""
+    return [
+        masks for masks in table.adapters.values() if any(each.requires_grad for each in masks.trained_state().values())
+    ]
 
 
-def set_logit_scale(model: nn.Module, table: MaskTable, name: str, logit_scale: float) -> None:
+def set_logit_scale(model: nn.Module, masks: AdapterMasks, logit_scale: float) -> None:
     """Train an adapter's masks on another scale, and note it in its config."""
-    table.rescale_logits(name, logit_scale)
-    model.peft_config[name].logit_scale = logit_scale  # type: ignore[union-attr, index]
+    masks.rescale_logits(logit_scale)
+    model.peft_config[masks.name].logit_scale = logit_scale  # type: ignore[union-attr, index]
 
 
 def _put_back(table: MaskTable, tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     notes = json.loads(metadata["adapters"])
-    for name in trained_adapters(table):
-        pairs = [(table.xpeft_logits[name].weight, tensors.get(f"{name}.logits"))]
-        if name in table.xpeft_gain:
-            pairs.append((table.xpeft_gain[name].weight, tensors.get(f"{name}.gain")))
-        checked = [(weight, check_shape(name, weight, stored, path)) for weight, stored in pairs]
+    for masks in trained_adapters(table):
+        name = masks.name
+        checked = [
+            (weight, check_shape(name, weight, tensors.get(f"{name}.{part}"), path))
+            for part, weight in masks.trained_state().items()
+        ]
         with torch.no_grad():
             for weight, stored in checked:
                 weight.copy_(sharded_as(weight, stored))
-        table.logit_scale[name] = notes[name]["logit_scale"]
-        table.temperature[name] = notes[name]["temperature"]
-        table.rebuilt.discard(name)
+        masks.logit_scale, masks.temperature = notes[name]["logit_scale"], notes[name]["temperature"]
+        masks.rebuilt = False

@@ -247,9 +247,9 @@ class AdapterPool:
         return self._adapters.layer_norm
 
     @property
-    def mask_norm(self) -> str:
-        """How masks over this pool are normalised by default: ``"signs"`` (random) or ``"mean"`` (trained)."""
-        return self._adapters.mask_norm
+    def mask_weighting(self) -> str:
+        """The weighting of masks over this pool unless a config names one: ``"signed"`` or ``"mean"``."""
+        return self._adapters.mask_weighting
 
     @property
     def target_modules(self) -> list[str] | None:

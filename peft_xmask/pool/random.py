@@ -57,7 +57,7 @@ class RandomAdapters:
     dtype: torch.dtype = torch.float32
 
     kind = "random"
-    mask_norm = "signs"
+    mask_weighting = "signed"
     insertion_form = None
     activation = None
     layer_norm = None

@@ -68,6 +68,11 @@ class PoolSlice(nn.Module):
         """Bytes held by the buffers."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
+    @property
+    def row_nbytes(self) -> int:
+        """Bytes of one mixed adapter."""
+        return self.nbytes // int(self.down.shape[0])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PoolSlice:
         """Share the tensors: a frozen pool is held once however often a model is copied."""
         twin = PoolSlice(self.down, self.up, self.down_bias, self.up_bias, origin=self.origin)

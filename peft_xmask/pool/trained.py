@@ -130,7 +130,7 @@ class TrainedAdapters:
     norms: tuple[float, ...]
     identity: Hashable
 
-    mask_norm = "mean"
+    mask_weighting = "mean"
     seed = None
 
     @property

@@ -18,8 +18,8 @@ from ..bank.storage import BITS, GAIN_BITS
 from ..core.fingerprint import digest_of
 from ..errors import ConfigError
 from ..tuners.xpeft import XPEFTConfig
-from ..tuners.xpeft.model import find_table
-from ..tuners.xpeft.table import MaskTable
+from ..tuners.xpeft.masks import AdapterMasks
+from ..tuners.xpeft.table import find_table
 
 Packed = tuple[Tensor, "Tensor | None"]
 """Masks and gains as they are shipped: uint8 ``[U, 2, S, W]`` and, where gains are learnt, ``[U, S, 2]``."""
@@ -67,9 +67,6 @@ class ProfileModel:
             config = XPEFTConfig(task_type="SEQ_CLS") if bank is None else bank.config
         config = copy.copy(config)
         config.num_profiles, config.inference_mode, config.logit_scale = len(index), False, logit_scale
-        if bank is not None:
-            config.expected_base_fingerprint = config.base_fingerprint
-            config.expected_pool_fingerprint = config.pool_fingerprint
         found = cls(get_peft_model(model, config), "default", index)
         if bank is not None:
             found._start_from(bank)
@@ -85,20 +82,20 @@ class ProfileModel:
         logit_scale: float,
     ) -> ProfileModel:
         name = model.active_adapter
-        table = find_table(model)
+        masks = find_table(model).adapters.get(name)
         if bank is not None or config is not None:
             raise ConfigError("Expected the base model with config= or bank=, found a PeftModel.")
-        if name not in table.specs or not table.is_trained(name) or table.specs[name].num_profiles != len(index):
+        if masks is None or not masks.is_trained or masks.spec.num_profiles != len(index):
             raise ConfigError(
                 f"Expected an active X-PEFT adapter that is trained and has num_profiles={len(index)}, as many as the "
                 f"dataset has profiles; found '{name}'. Pass the base model and config= instead."
             )
-        table.rescale_logits(name, logit_scale)
+        masks.rescale_logits(logit_scale)
         model.peft_config[name].logit_scale = logit_scale  # type: ignore[attr-defined]
         return cls(model, name, index)
 
     def _start_from(self, bank: ProfileBank) -> None:
-        bits, gain_bits = self._pack()
+        bits, gain_bits = self.masks.shipped()
         known = {row: bank[name] for row, name in enumerate(self.index) if name in bank}
         for row, profile in known.items():
             bits[row] = profile.bits
@@ -106,7 +103,7 @@ class ProfileModel:
                 gain_bits[row] = profile.gain_bits
         state = {**bank.shared, BITS: bits, **({} if gain_bits is None else {GAIN_BITS: gain_bits})}
         set_peft_model_state_dict(self.model, state, adapter_name=self.adapter)
-        self.table.rebuilt.discard(self.adapter)
+        self.masks.rebuilt = False
         new = torch.tensor([row not in known for row in range(len(self.index))])
         with torch.no_grad():
             for weight in self.weights().values():
@@ -118,9 +115,9 @@ class ProfileModel:
         return self.model.peft_config[self.adapter]
 
     @property
-    def table(self) -> MaskTable:
-        """The mask table of the model."""
-        return find_table(self.model)
+    def masks(self) -> AdapterMasks:
+        """The adapter's masks."""
+        return find_table(self.model).adapters[self.adapter]
 
     @property
     def causal(self) -> bool:
@@ -129,15 +126,14 @@ class ProfileModel:
 
     def weights(self) -> dict[str, nn.Parameter]:
         """What is trained of each profile: logits ``[U, 2 * S * N]`` and, where gains are learnt, gains ``[U, S]``."""
-        parts = {"logits": self.table.xpeft_logits, "gain": self.table.xpeft_gain}
-        return {name: part[self.adapter].weight for name, part in parts.items() if self.adapter in part}
+        return self.masks.trained_state()
 
     def load_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`weights` gave earlier."""
         with torch.no_grad():
             for name, weight in self.weights().items():
                 weight.copy_(tensors[name])
-        self.table.rebuilt.discard(self.adapter)
+        self.masks.rebuilt = False
 
     def head(self) -> dict[str, nn.Parameter]:
         """The parameters that PEFT trains besides the masks."""
@@ -146,22 +142,17 @@ class ProfileModel:
 
     def packed(self) -> Packed:
         """The masks as they are now, in the form that is shipped."""
-        bits, gain_bits = self._pack()
+        bits, gain_bits = self.masks.shipped()
         return bits.cpu(), None if gain_bits is None else gain_bits.cpu()
 
     def load(self, packed: Packed) -> None:
         """Give every profile these masks and gains."""
-        self.table.load(self.adapter, *packed)
+        self.masks.load(*packed)
 
     def identity(self) -> str:
         """A digest of the adapter's config and of the pool and base that it is on."""
         facts = json.dumps(self.config.to_dict(), sort_keys=True, default=_plain)
         return digest_of([facts.encode()])
-
-    def _pack(self) -> Packed:
-        weights = self.weights()
-        bits, gain_bits = self.table.pack(self.adapter, weights["logits"], weights.get("gain"))
-        return bits, gain_bits if "gain" in weights else None
 
 
 def _plain(value: Any) -> Any:

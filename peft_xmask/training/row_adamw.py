@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..tuners.base.state import lazy_zeros
-from ..tuners.xpeft.model import find_table
+from ..tuners.xpeft.table import find_table
 from . import distributed as ranks
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")

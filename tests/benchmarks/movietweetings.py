@@ -207,7 +207,7 @@ def run(method, rate, seed, options, tail, data):
         number = int(method.partition("=")[2])
         config = XPEFTConfig(
             target_modules=SITES, num_adapters=number, bottleneck_size=2400 // number, pool_seed=seed,
-            mask_norm="variance", scale=0.3,
+            mask_weighting="variance", scale=0.3,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             args = TrainingArguments(

@@ -10,7 +10,7 @@ ATTENTION_PATTERN = r".*\.attention\.output\.dense"
 BOTH_PATTERN = r".*\.output\.dense"
 SIGNS_QV = {
     "target_modules": ["query", "value"],
-    "mask_norm": "signs",
+    "mask_weighting": "signed",
     "scale": 0.1,
     "insertion_form": "parallel",
     "activation": "identity",
@@ -21,9 +21,9 @@ def soft_before(steps):
     """Hard masks that are trained as soft ones for so many steps, and repaired as hard ones in those that are left."""
 
     def prepare(model):
-        specs = model.base_model.table.specs
-        hard = specs["default"]
-        specs["default"] = replace(hard, mask_type="soft")
+        masks = model.base_model.table.adapters["default"]
+        hard = masks.spec
+        masks.spec = replace(hard, mask_type="soft")
         passes = 0
 
         def count(model, arguments):
@@ -31,7 +31,7 @@ def soft_before(steps):
             if model.training:
                 passes += 1
             if passes > steps:
-                specs["default"] = hard
+                masks.spec = hard
 
         model.register_forward_pre_hook(count)
 
@@ -77,8 +77,8 @@ LEADS = {
         "scale 0.1": k_hot(scale=0.1, search=False),
         "scale 1": k_hot(scale=1.0, search=False),
         "scale 3": k_hot(scale=3.0, search=False),
-        "weights 1/k, scale 0.3": k_hot(mask_norm="mean", search=False),
-        "weights 1/k, scale 10": k_hot(mask_norm="mean", scale=10.0, search=False),
+        "weights 1/k, scale 0.3": k_hot(mask_weighting="mean", search=False),
+        "weights 1/k, scale 10": k_hot(mask_weighting="mean", scale=10.0, search=False),
     },
     "gain": {
         "no gain, scale 0.3": k_hot(learn_gain=False, search=False),
@@ -86,10 +86,10 @@ LEADS = {
         "gain 3 times as fast": k_hot(optimizer=faster_gain(3), search=False),
         "gain 10 times as fast": k_hot(optimizer=faster_gain(10), search=False),
         "signs, 400 x 12, gain 3 times as fast": xpeft(
-            400, 12, mask_norm="signs", scale=0.1, optimizer=faster_gain(3), search=False
+            400, 12, mask_weighting="signed", scale=0.1, optimizer=faster_gain(3), search=False
         ),
         "signs, 400 x 12, gain 10 times as fast": xpeft(
-            400, 12, mask_norm="signs", scale=0.1, optimizer=faster_gain(10), search=False
+            400, 12, mask_weighting="signed", scale=0.1, optimizer=faster_gain(10), search=False
         ),
     },
     "estimator": {
@@ -136,28 +136,28 @@ LEADS = {
         "warm-up of 30 %": k_hot(warmup=0.3, search=False),
     },
     "signs": {
-        "signs, scale 0.3": xpeft(mask_norm="signs", scale=0.3, search=False),
-        "signs": xpeft(mask_norm="signs", scale=0.1),
-        "signs, 400 x 12": xpeft(400, 12, mask_norm="signs", scale=0.1, search=False),
-        "signs, 400 x 3": xpeft(400, 3, mask_norm="signs", scale=0.1, search=False),
-        "signs, 1600 x 3": xpeft(1600, 3, mask_norm="signs", scale=0.03),
+        "signs, scale 0.3": xpeft(mask_weighting="signed", scale=0.3, search=False),
+        "signs": xpeft(mask_weighting="signed", scale=0.1),
+        "signs, 400 x 12": xpeft(400, 12, mask_weighting="signed", scale=0.1, search=False),
+        "signs, 400 x 3": xpeft(400, 3, mask_weighting="signed", scale=0.1, search=False),
+        "signs, 1600 x 3": xpeft(1600, 3, mask_weighting="signed", scale=0.03),
         "signs, query and value, 200 x 2": xpeft(200, 2, **SIGNS_QV),
         "signs, query and value, 50 x 2": xpeft(50, 2, **SIGNS_QV, search=False),
     },
     "pool": {
-        "uniform pool": xpeft_of(home_made, "uniform", mask_norm="variance", scale=0.3, search=False),
-        "orthogonal pool": xpeft_of(home_made, "orthogonal", mask_norm="variance", scale=0.3, search=False),
-        "antithetic pool": xpeft_of(home_made, "antithetic", mask_norm="variance", scale=0.3, search=False),
-        "centred pool": xpeft_of(home_made, "centred", mask_norm="variance", scale=0.3, search=False),
+        "uniform pool": xpeft_of(home_made, "uniform", mask_weighting="variance", scale=0.3, search=False),
+        "orthogonal pool": xpeft_of(home_made, "orthogonal", mask_weighting="variance", scale=0.3, search=False),
+        "antithetic pool": xpeft_of(home_made, "antithetic", mask_weighting="variance", scale=0.3, search=False),
+        "centred pool": xpeft_of(home_made, "centred", mask_weighting="variance", scale=0.3, search=False),
         "trained pool": xpeft_of(trained_adapters, 48, scale=1.0),
-        "trained pool, variance": xpeft_of(trained_adapters, 48, mask_norm="variance", scale=0.3, search=False),
+        "trained pool, variance": xpeft_of(trained_adapters, 48, mask_weighting="variance", scale=0.3, search=False),
         "trained pool, soft": xpeft_of(trained_adapters, 48, mask_type="soft", scale=1.0, search=False),
         "trained pool, scale 2": xpeft_of(trained_adapters, 48, scale=2.0, start=0.3, search=False),
         "trained pool, scale 4": xpeft_of(trained_adapters, 48, scale=4.0, start=0.3, search=False),
         "trained pool, cut 112 x 12, scale 2": xpeft_of(cut_adapters, 12, scale=2.0, start=0.3, search=False),
         "trained pool, cut 112 x 12, scale 8": xpeft_of(cut_adapters, 12, scale=8.0, start=0.3, search=False),
-        "principal directions, signs": xpeft_of(principal_adapters, 48, mask_norm="signs", scale=1.0, start=0.3),
-        "trained pool, signs": xpeft_of(trained_adapters, 48, mask_norm="signs", scale=0.3, search=False),
+        "principal directions, signs": xpeft_of(principal_adapters, 48, mask_weighting="signed", scale=1.0, start=0.3),
+        "trained pool, signs": xpeft_of(trained_adapters, 48, mask_weighting="signed", scale=0.3, search=False),
         "LoRA pool, scale 2": xpeft_of(
             trained_loras, 8, insertion_form="parallel", activation="identity", scale=2.0, start=0.3, search=False
         ),

@@ -63,4 +63,4 @@ def xpeft_of(pool, *arguments, start=0.1, search=True, **settings):
 
 def k_hot(*sizes, **settings):
     """X-PEFT whose masks add what is chosen and leave out the rest; gains start at 0.3."""
-    return xpeft(*sizes, **{"mask_norm": "variance", "scale": 0.3, **settings})
+    return xpeft(*sizes, **{"mask_weighting": "variance", "scale": 0.3, **settings})

@@ -81,7 +81,7 @@ METHODS = [
     Method(
         "xpeft-identity",
         XPEFTConfig,
-        {**XPEFT, "activation": "identity", "mask_norm": "variance"},
+        {**XPEFT, "activation": "identity", "mask_weighting": "variance"},
         "xpeft_",
         linear=True,
         **MASKS,

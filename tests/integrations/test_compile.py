@@ -24,7 +24,7 @@ def many(model: PeftModel, count: int = 4) -> PeftModel:
     table = model.base_model.table
     with torch.no_grad():
         table.xpeft_logits["default"].weight.normal_(generator=torch.Generator().manual_seed(1))
-    assert table.specs["default"].num_profiles == count
+    assert table.adapters["default"].spec.num_profiles == count
     return model
 
 

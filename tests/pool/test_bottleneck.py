@@ -23,7 +23,7 @@ def test_tensors_are_stacked_with_the_scale_in_the_up_projection(make_bottleneck
 def test_what_a_bottleneck_pool_says_of_itself(make_bottleneck):
     folder, _ = make_bottleneck("one", activation="tanh", layer_norm=True, insertion_form="parallel", bias=False)
     pool = AdapterPool.from_bottleneck([folder])
-    assert (pool.kind, pool.num_adapters, pool.bottleneck_size, pool.mask_norm) == ("bottleneck", 1, 4, "mean")
+    assert (pool.kind, pool.num_adapters, pool.bottleneck_size, pool.mask_weighting) == ("bottleneck", 1, 4, "mean")
     assert (pool.activation, pool.layer_norm, pool.insertion_form) == ("tanh", True, "parallel")
 
 

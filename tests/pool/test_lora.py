@@ -48,7 +48,7 @@ def test_what_a_lora_pool_says_of_itself(make_lora):
     pool = AdapterPool.from_lora([folder])
     assert (pool.kind, pool.num_adapters, pool.bottleneck_size, pool.seed) == ("lora", 1, 4, None)
     assert (pool.insertion_form, pool.activation, pool.layer_norm) == ("parallel", "identity", False)
-    assert pool.mask_norm == "mean"
+    assert pool.mask_weighting == "mean"
     assert pool.target_modules == sorted(site.name for site in lora_sites(model))
     assert pool.nbytes == 2 * (4 * 32 + 16 * 4) * 4
 

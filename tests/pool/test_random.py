@@ -122,7 +122,7 @@ def test_what_a_random_pool_says_of_itself():
     pool = AdapterPool.random(7, 3, seed=9)
     assert (pool.kind, pool.num_adapters, pool.bottleneck_size, pool.seed, pool.nbytes) == ("random", 7, 3, 9, 0)
     assert (pool.insertion_form, pool.activation, pool.layer_norm, pool.target_modules) == (None, None, None, None)
-    assert pool.mask_norm == "signs"
+    assert pool.mask_weighting == "signed"
     assert pool.name_or_path is None
     assert pool.fingerprint in repr(pool)
     changed = [AdapterPool.random(8, 3, 9), AdapterPool.random(7, 4, 9), AdapterPool.random(7, 3, 8)]

@@ -162,9 +162,10 @@ anything = st.recursive(
     max_leaves=3,
 )
 FIELDS = (
-    "num_adapters", "bottleneck_size", "mask_type", "top_k", "mask_norm", "scale", "learn_gain", "pool", "pool_seed",
-    "pool_dtype", "num_profiles", "target_modules", "modules_to_save", "activation", "insertion_form", "estimator",
-    "temperature", "logit_scale", "gumbel_noise", "base_fingerprint", "pool_fingerprint", "peft_type", "task_type",
+    "num_adapters", "bottleneck_size", "mask_type", "top_k", "mask_weighting", "scale", "learn_gain", "pool",
+    "pool_seed", "pool_dtype", "num_profiles", "target_modules", "modules_to_save", "activation", "insertion_form",
+    "estimator", "temperature", "logit_scale", "gumbel_noise", "base_fingerprint", "pool_fingerprint", "peft_type",
+    "task_type",
     "base_model_name_or_path", "auto_mapping", "revision", "surprise",
 )  # fmt: skip
 
@@ -175,7 +176,7 @@ FIELDS = (
 @example("pool", "/etc/passwd")
 @example("top_k", None)
 @example("scale", None)
-@example("mask_norm", None)
+@example("mask_weighting", None)
 @example("num_adapters", 10**6)
 @example("peft_type", "LORA")
 def test_any_value_of_a_config_is_refused_or_harmless(folder, field, value):

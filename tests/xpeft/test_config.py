@@ -20,8 +20,8 @@ from peft_xmask.errors import ConfigError
         ({"activation": "swishy"}, "activation='swishy'"),
         ({"insertion_form": "sideways"}, "insertion_form='sideways'"),
         ({"estimator": "magic"}, "estimator='magic'"),
-        ({"mask_norm": "max"}, "mask_norm='max'"),
-        ({"mask_norm": "signs", "mask_type": "soft"}, 'mask_norm="signs" is invalid with mask_type="soft"'),
+        ({"mask_weighting": "max"}, "mask_weighting='max'"),
+        ({"mask_weighting": "signed", "mask_type": "soft"}, 'mask_weighting="signed" is invalid with mask_type="soft"'),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"logit_scale": -1.0}, "logit_scale=-1.0"),
         ({"scale": 0.0}, "scale=0.0"),
@@ -62,16 +62,16 @@ def test_an_unknown_architecture_says_what_to_pass():
 
 
 @pytest.mark.parametrize(
-    ("fields", "norm", "scale"),
+    ("fields", "weighting", "scale"),
     [
-        ({}, "signs", 0.3),
-        ({"num_adapters": 400}, "signs", 0.1),
-        ({"num_adapters": 1600}, "signs", 0.025),
+        ({}, "signed", 0.3),
+        ({"num_adapters": 400}, "signed", 0.1),
+        ({"num_adapters": 1600}, "signed", 0.025),
         ({"mask_type": "soft"}, "variance", 0.3),
-        ({"mask_norm": "variance", "scale": 0.5}, "variance", 0.5),
+        ({"mask_weighting": "variance", "scale": 0.5}, "variance", 0.5),
     ],
 )
-def test_what_is_left_open_follows_from_the_pool(fields: dict, norm: str, scale: float):
+def test_what_is_left_open_follows_from_the_pool(fields: dict, weighting: str, scale: float):
     config = XPEFTConfig(**fields)
     config.resolve_pool()
-    assert (config.mask_norm, config.scale, config.top_k) == (norm, scale, config.num_adapters // 2)
+    assert (config.mask_weighting, config.scale, config.top_k) == (weighting, scale, config.num_adapters // 2)

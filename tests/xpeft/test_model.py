@@ -33,11 +33,13 @@ def base_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize(("norm", "chosen", "rest"), [("variance", 5**-0.5, 0.0), ("signs", 20**-0.5, -(20**-0.5))])
-def test_the_mixed_adapter_is_the_weighted_sum_of_matrices(norm, chosen, rest, tiny_bert, tiny_batch):
+@pytest.mark.parametrize(
+    ("weighting", "chosen", "rest"), [("variance", 5**-0.5, 0.0), ("signed", 20**-0.5, -(20**-0.5))]
+)
+def test_the_mixed_adapter_is_the_weighted_sum_of_matrices(weighting, chosen, rest, tiny_bert, tiny_batch):
     """By hand, at one site: ``y + B act(A y)`` with ``A = sum m_A A_i`` and ``B = g sum m_B B_i``."""
     base = tiny_bert()
-    model = get_peft_model(base, xpeft(layers_to_transform=[2], top_k=5, mask_norm=norm)).eval()
+    model = get_peft_model(base, xpeft(layers_to_transform=[2], top_k=5, mask_weighting=weighting)).eval()
     layer = model.base_model.model.bert.encoder.layer[2].output.dense
     seen = {}
     layer.base_layer.register_forward_hook(lambda module, args, out: seen.update(y=out))
@@ -89,7 +91,7 @@ def test_switch_disable_delete_and_unload_leave_the_base_bit_identical(tiny_bert
     assert torch.equal(run(model, tiny_batch), first)
     model.delete_adapter("other")
     assert torch.equal(run(model, tiny_batch), first)
-    assert list(model.base_model.table.specs) == ["default"]
+    assert list(model.base_model.table.adapters) == ["default"]
     plain = model.unload()
     assert torch.equal(run(plain, tiny_batch), before)
     assert not any(isinstance(module, MaskTable) for module in plain.modules())

@@ -99,7 +99,7 @@ def test_a_pool_that_was_never_saved_has_to_be_passed_again(make_adapters, tiny_
 def test_another_form_than_the_pools_is_refused(make_adapters, tiny_bert):
     folders, _ = make_adapters(lora)
     with pytest.raises(PoolMismatchError, match="Pass insertion_form='parallel' to XPEFTConfig"):
-        get_peft_model(tiny_bert(), XPEFTConfig(pool=AdapterPool.from_lora(folders)))
+        get_peft_model(tiny_bert(), XPEFTConfig(pool=AdapterPool.from_lora(folders), insertion_form="sequential"))
 
 
 @pytest.mark.parametrize(

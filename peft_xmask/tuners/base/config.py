@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,6 @@ class TargetConfig(PeftConfig):
         self.exclude_modules = _as_set(self.exclude_modules)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
-        self.expected_base_fingerprint = self.base_fingerprint
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write ``adapter_config.json``, and complete the model card if an adapter and PEFT's card are there.
@@ -95,7 +95,7 @@ class TargetConfig(PeftConfig):
 
     def allow_any_base(self) -> None:
         """Forget the base this adapter was made for, to load it on another one on purpose."""
-        self.base_fingerprint = self.expected_base_fingerprint = None
+        self.base_fingerprint = None
 
 
 def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -116,6 +116,17 @@ def require_positive(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r} is invalid: expected a whole number of at least 1.")
+
+
+def require_number(name: str, value: Any, *, above: float) -> None:
+    """Refuse a value that is not a finite number above a bound, which may be minus infinity.
+
+    Raises:
+        ConfigError: names the field and the value.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
+        bound = f" above {above:g}" if math.isfinite(above) else ""
+        raise ConfigError(f"{name}={value!r} is invalid: expected a finite number{bound}.")
 
 
 def _as_set(names: list[str] | set[str] | str | None) -> set[str] | str | None:

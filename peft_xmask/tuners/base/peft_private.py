@@ -40,6 +40,7 @@ __all__ = [
     "add_member",
     "check_adapters_to_merge",
     "check_target_module_exists",
+    "current_graph_task",
     "include_all_linear_layers",
     "peft_type",
     "quantisation_backend",
@@ -50,6 +51,11 @@ __all__ = [
 
 include_all_linear_layers = _maybe_include_all_linear_layers
 tuner_key_prefixes = _get_tuner_state_dict_key_prefixes
+
+
+def current_graph_task() -> int:
+    """The number of the backward pass that this thread is running; -1 if it runs none."""
+    return int(torch._C._current_graph_task_id())
 
 
 def quantisation_backend(module: Any) -> Any:

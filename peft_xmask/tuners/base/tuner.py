@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from .classifier import Classifier
 from .config import TargetConfig
 from .experts import is_fused_experts
 from .layer import TargetLayer, find_slow_path
+from .mixed_batch import MixedBatches
 from .peft_private import (
     AuxiliaryTrainingWrapper,
     BaseTuner,
@@ -29,6 +32,19 @@ from .targets import FFN_OUTPUT, torch_blocks
 _LAYER_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
+@dataclass
+class Injection:
+    """What is found out while one adapter is being put into a model.
+
+    Attributes:
+        copied_from: the adapter whose config object was passed (trl makes its reference adapter that way); None: none.
+        parts: what each target gets, by its name.
+    """
+
+    copied_from: str | None
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
 class TargetTuner(BaseTuner):
     """Base of our tuners: wraps the modules that a config targets.
 
@@ -39,6 +55,8 @@ class TargetTuner(BaseTuner):
     layer_cls: type[Any]
     usual_targets: str
     """What error messages suggest as ``target_modules``."""
+    injection_cls: type[Injection] = Injection
+    _injection: Any
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """Resolve ``target_modules=None``.
@@ -70,7 +88,7 @@ class TargetTuner(BaseTuner):
         )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model, or leave the model as it was.
+        """Put an adapter into the model, or leave the model as it was. The user's config is copied, never changed.
 
         Raises:
             ConfigError: an adapter of this name exists, or a ``state_dict`` should choose the targets.
@@ -82,14 +100,21 @@ class TargetTuner(BaseTuner):
                 f"{self.peft_config[adapter_name].peft_type} cannot find its targets in a state dict, since its file "
                 "does not name them. Pass a config with `target_modules` instead."
             )
+        given = self.peft_config[adapter_name]
+        others = (name for name, other in self.peft_config.items() if other is given and name != adapter_name)
+        self._injection = self.injection_cls(copied_from=next(others, None))
+        self.peft_config[adapter_name] = copy.deepcopy(given)
+        self._mixed_batches.forget_modules()
         _agree_on_head(self.peft_config[adapter_name], model)
-        self._injecting = adapter_name
-        self._parts: dict[str, Any] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            FirstPassWatch(model, {name: model.get_submodule(name) for name in self._parts})
+            FirstPassWatch(model, {name: model.get_submodule(name) for name in self._injection.parts})
         finally:
-            self._parts = {}
+            del self._injection
+
+    @cached_property
+    def _mixed_batches(self) -> MixedBatches:
+        return MixedBatches()
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Find the targets and check everything before the first module is replaced."""
@@ -100,7 +125,7 @@ class TargetTuner(BaseTuner):
         found = self._find_targets(peft_config, model)
         refuse_uncalled(model, [name for name, _ in found])
         if found:  # PEFT has its own words for targets that match nothing
-            self._parts = self._prepare_targets(peft_config, model, found)
+            self._injection.parts = self._prepare_targets(peft_config, model, found)
 
     def _find_targets(self, config: TargetConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """Names of the targeted modules and the base modules there, in the model's order."""
@@ -117,13 +142,13 @@ class TargetTuner(BaseTuner):
 
     def _check_base(self, config: TargetConfig, weights: Iterable[Tensor | None]) -> None:
         found = fingerprint_weights(weights)
-        expected = config.expected_base_fingerprint
+        expected = config.base_fingerprint
         if expected is not None and found is not None and expected != found:
             raise BaseMismatchError(
                 f"This adapter was made for a base whose adapted weights have fingerprint {expected}; the base at hand "
                 f"has {found}. Load the base it was trained on (base_model_name_or_path: "
-                f"{config.base_model_name_or_path!r}). To use it on another base on purpose, load its config, set "
-                "base_fingerprint and expected_base_fingerprint to None, and pass that config.",
+                f"{config.base_model_name_or_path!r}). To use it on another base on purpose, load its config, call "
+                "config.allow_any_base(), and pass that config.",
                 expected=expected,
                 found=found,
             )
@@ -159,10 +184,10 @@ class TargetTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         if isinstance(target, self.layer_cls):
-            self._add_to_layer(target, peft_config, adapter_name, self._parts[current_key])
+            self._add_to_layer(target, peft_config, adapter_name, self._injection.parts[current_key])
             return
         layer = self._new_layer(target)
-        self._add_to_layer(layer, peft_config, adapter_name, self._parts[current_key])
+        self._add_to_layer(layer, peft_config, adapter_name, self._injection.parts[current_key])
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -190,27 +215,11 @@ class TargetTuner(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Pass ``adapter_names``, one name for each example of the batch, to the layers."""
         names = kwargs.pop("adapter_names", None)
-        if names is None:
+        if names is not None:
+            names = self._check_adapter_names(list(names))
+        modules = (each for each in self.modules() if isinstance(each, (self.layer_cls, AuxiliaryTrainingWrapper)))
+        with self._mixed_batches.call(self.model, modules, names, kwargs.get("num_beams") or 1):
             yield
-            return
-        names = self._check_adapter_names(list(names))
-        beams = kwargs.get("num_beams") or 1
-        handles = []
-        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
-        encoder_modules = set(encoder.modules()) if isinstance(encoder, nn.Module) and encoder is not self.model else ()
-        decoder_only = not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        for module in self.modules():
-            if isinstance(module, (self.layer_cls, AuxiliaryTrainingWrapper)):
-                repeat = 1 if module in encoder_modules and not decoder_only else beams
-                hook = partial(_pass_adapter_names, adapter_names=_repeated(names, repeat))
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        check = partial(_check_batch, names=len(names), beams=beams)
-        handles.append(self.model.register_forward_pre_hook(check, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _check_adapter_names(self, names: list[str]) -> list[str]:
         if self.training:
@@ -240,34 +249,6 @@ def _agree_on_head(config: Any, model: nn.Module) -> None:
         Classifier.from_fields(config.classifier).give_to(model)
     elif config.task_type == "SEQ_CLS" and (head := Classifier.of(model)) is not None:
         config.classifier = head.to_fields()
-
-
-def _pass_adapter_names(
-    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], adapter_names: list[str]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Some models (OPT) give a module all tokens of the batch as one list: then a name stands for each token."""
-    x = args[0] if args else None
-    if isinstance(x, Tensor) and x.dim() == 2 and x.shape[0] % len(adapter_names) == 0:
-        adapter_names = _repeated(adapter_names, x.shape[0] // len(adapter_names))
-    return args, {**kwargs, "adapter_names": adapter_names}
-
-
-def _check_batch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: int, beams: int) -> None:
-    """Forward pre-hook of the base model: refuse ``adapter_names`` that are not one for each example.
-
-    Raises:
-        ConfigError: no input has ``names * beams`` examples.
-    """
-    sizes = [x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() > 0]
-    if sizes and not any(size == names * beams for size in sizes):
-        raise ConfigError(
-            f"Length of `adapter_names` should be the same as the number of inputs, but got {names} and "
-            f"{sizes[0] // beams} respectively."
-        )
-
-
-def _repeated(names: list[str], times: int) -> list[str]:
-    return [name for name in names for _ in range(times)]
 
 
 def _layer_index(name: str, patterns: str | list[str] | None) -> int | None:

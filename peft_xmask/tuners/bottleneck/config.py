@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
+from ...core.adapter import AdapterForm
 from ...errors import ConfigError
-from ..base.config import require_positive
+from ..base.config import require_number, require_positive
 from ..base.peft_private import peft_type
 from ..sites.config import SiteConfig
 
@@ -27,7 +29,7 @@ class BottleneckConfig(SiteConfig):
     The other fields are those of :class:`peft_xmask.tuners.sites.config.SiteConfig`.
 
     Raises:
-        ConfigError: a size below 1, or a dropout outside [0, 1).
+        ConfigError: a size below 1, a scale that is not finite, or a dropout outside [0, 1).
 
     Source: Houlsby et al. (arXiv 1902.00751), placed as in Pfeiffer et al. (arXiv 2005.00247).
     """
@@ -41,9 +43,11 @@ class BottleneckConfig(SiteConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = BOTTLENECK_ADAPTER
+        self.settle_form(AdapterForm())
         require_positive("bottleneck_size", self.bottleneck_size)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout={self.dropout!r} is invalid: expected 0 <= dropout < 1.")
+        require_number("scale", self.scale, above=-math.inf)
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout={self.dropout!r} is invalid: expected a number from 0 up to, not including, 1.")
 
     def card_facts(self) -> list[tuple[str, object]]:
         """What a model card says of the method's own settings."""

@@ -72,7 +72,6 @@ class MagnitudeMaskConfig(TargetConfig):
             require_choice("storage_dtype", self.storage_dtype, STORAGE_DTYPES)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ConfigError(f"seed={self.seed!r} is invalid: expected a whole number from 0 to 2**64 - 1.")
-        self.expected_mask_fingerprint = self.mask_fingerprint
         if self.mask_fingerprint is not None:
             dtype_from_name(str(self.mask_dtype))
 
@@ -91,4 +90,4 @@ class MagnitudeMaskConfig(TargetConfig):
     def allow_any_base(self) -> None:
         """Forget the base and the mask this adapter was made for, to load its values on another base on purpose."""
         super().allow_any_base()
-        self.mask_fingerprint = self.expected_mask_fingerprint = self.mask_dtype = self.mask_ties = None
+        self.mask_fingerprint = self.mask_dtype = self.mask_ties = None

@@ -147,13 +147,13 @@ class MagnitudeMaskModel(InPlaceTuner):
 
 
 def _mask_of(config: MagnitudeMaskConfig, candidates: list[Candidate], quantised: bool) -> Mask:
-    if config.expected_mask_fingerprint is not None:
+    if config.mask_fingerprint is not None:
         return recover_mask(
             candidates,
             config.rule,
             dtype=str(config.mask_dtype),
             ties=config.mask_ties or {},
-            fingerprint=config.expected_mask_fingerprint,
+            fingerprint=config.mask_fingerprint,
         )
     return make_mask(candidates, config.rule, tell_ties=not quantised)  # of a few levels a large share would be ties
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...core.adapter import ACTIVATIONS, INSERTION_FORMS, AdapterForm
+from ...errors import ConfigError
 from ..base.config import TargetConfig, require_choice
 
 
@@ -14,9 +15,11 @@ class SiteConfig(TargetConfig):
 
     Args:
         activation: between down- and up-projection: one of ``peft_xmask.core.adapter.ACTIVATIONS``. With ``"identity"``
-            (and no ``layer_norm``) the adapter is linear and can be merged.
-        layer_norm: whether a LayerNorm of the bottleneck's width, without weights, stands before the activation.
-        insertion_form: ``"sequential"`` (reads the module's output) or ``"parallel"`` (reads its input).
+            (and no ``layer_norm``) the adapter is linear and can be merged. None: ``"relu"``, or what a pool needs.
+        layer_norm: whether a LayerNorm of the bottleneck's width, without weights, stands before the activation. None:
+            False, or what a pool needs.
+        insertion_form: ``"sequential"`` (reads the module's output) or ``"parallel"`` (reads its input). None:
+            ``"sequential"``, or what a pool needs.
         target_modules: names or a regular expression of the linear modules to adapt, or ``"all-linear"``. None: the
             sites of a trained pool, else the feed-forward output projection of each block, for the architectures in
             ``peft_xmask.tuners.base.targets.FFN_OUTPUT``.
@@ -27,20 +30,35 @@ class SiteConfig(TargetConfig):
         ConfigError: a value that is not one of those above.
     """
 
-    activation: str = field(default="relu", metadata={"help": "Activation between down- and up-projection."})
-    layer_norm: bool = field(default=False, metadata={"help": "LayerNorm without weights before the activation."})
-    insertion_form: str = field(default="sequential", metadata={"help": "'sequential' or 'parallel'."})
+    activation: str | None = field(default=None, metadata={"help": "Activation between down- and up-projection."})
+    layer_norm: bool | None = field(default=None, metadata={"help": "LayerNorm without weights before the activation."})
+    insertion_form: str | None = field(default=None, metadata={"help": "'sequential' or 'parallel'."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choice("activation", self.activation, sorted(ACTIVATIONS))
-        require_choice("insertion_form", self.insertion_form, INSERTION_FORMS)
+        if self.activation is not None:
+            require_choice("activation", self.activation, sorted(ACTIVATIONS))
+        if self.insertion_form is not None:
+            require_choice("insertion_form", self.insertion_form, INSERTION_FORMS)
+        if self.layer_norm not in (None, True, False):
+            raise ConfigError(f"layer_norm={self.layer_norm!r} is invalid: expected True, False or None.")
+
+    def settle_form(self, form: AdapterForm) -> None:
+        """Let what was left open be as in ``form``."""
+        self.activation = form.activation if self.activation is None else self.activation
+        self.layer_norm = form.layer_norm if self.layer_norm is None else self.layer_norm
+        self.insertion_form = form.insertion_form if self.insertion_form is None else self.insertion_form
 
     @property
     def form(self) -> AdapterForm:
-        """How the adapter is applied."""
-        return AdapterForm(self.activation, self.layer_norm, self.insertion_form)
+        """How the adapter is applied. What is still open is the default."""
+        default = AdapterForm()
+        return AdapterForm(
+            default.activation if self.activation is None else self.activation,
+            default.layer_norm if self.layer_norm is None else self.layer_norm,
+            default.insertion_form if self.insertion_form is None else self.insertion_form,
+        )
 
     def card_form(self) -> str:
         """Activation and place."""
-        return f": {self.activation}, {self.insertion_form}"
+        return f": {self.form.activation}, {self.form.insertion_form}"

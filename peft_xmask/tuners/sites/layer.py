@@ -19,6 +19,7 @@ from ...core.lora import LinearChange, parallel_change, sequential_change
 from ...errors import MergeError, TargetError
 from ..base.experts import experts_width
 from ..base.layer import TargetLayer
+from ..base.mixed_batch import examples_by_name
 from ..base.peft_private import BaseTunerLayer, check_adapters_to_merge
 
 
@@ -108,18 +109,11 @@ class SiteLayer(TargetLayer):
         return 0.0
 
     def _forward_mixed(self, x: Tensor, y: Tensor, adapter_names: list[str]) -> Tensor:
-        if len(adapter_names) != x.shape[0]:
-            raise ValueError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
-                f"and {x.shape[0]} respectively."
-            )
         out = y.clone()
-        for name in dict.fromkeys(adapter_names):
+        for name, rows in examples_by_name(adapter_names, x):
             form = self.form(name)
-            if form is None:
-                continue
-            rows = [i for i, other in enumerate(adapter_names) if other == name]
-            out[rows] = y[rows] + self._change(name, form, x[rows], y[rows])
+            if form is not None:
+                out[rows] = y[rows] + self._change(name, form, x[rows], y[rows])
         return out
 
     def why_not_linear(self, adapter_name: str) -> str | None:

@@ -58,4 +58,4 @@ def _site(config: SiteConfig, name: str, layer: nn.Module) -> Site:
             "(nn.Linear, transformers' Conv1D, a quantised linear, or fused experts with a router). Change "
             "target_modules or exclude_modules."
         )
-    return Site(name, widths[0] if config.insertion_form == "parallel" else widths[1], widths[1])
+    return Site(name, widths[0] if config.form.insertion_form == "parallel" else widths[1], widths[1])

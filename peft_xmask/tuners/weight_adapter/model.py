@@ -39,12 +39,16 @@ class WeightAdapterModel(InPlaceTuner):
         _refuse_other_weights(config, found)
         names = [_adapted_parameters(layer, config) for _, layer in found]
         self._check_targets(model, found, names)
+        of_file = config.base_fingerprint is not None
         numbers = (getattr(layer, name, None) for _, layer in found for name in ("weight", "bias"))
         self._check_base(config, (each for each in numbers if each is not None))  # biases alone may all be zero
         self._new = [getattr(layer, name).numel() for (_, layer), own in zip(found, names, strict=True) for name in own]
         indexes = count()
         return {
-            name: (_module_adapter(config, [(each, getattr(layer, each), next(indexes)) for each in own]), position)
+            name: (
+                _module_adapter(config, [(each, getattr(layer, each), next(indexes)) for each in own], of_file),
+                position,
+            )
             for position, ((name, layer), own) in enumerate(zip(found, names, strict=True))
         }
 
@@ -59,14 +63,14 @@ class WeightAdapterModel(InPlaceTuner):
             start = torch.zeros(1, dtype=dtype, device=device).expand(sum(self._new))  # takes no room until it is kept
             rounding = None if dtype == torch.float32 else dtype
             self.table.add(adapter_name, start if adapter.trained else start.clone(), self._new, rounding)
-            self._copy_stored(config, adapter_name)
+            self._copy_stored(adapter_name)
         layer.add(adapter_name, adapter, self.table, config.dropout)
 
-    def _copy_stored(self, config: WeightAdapterConfig, adapter_name: str) -> None:
+    def _copy_stored(self, adapter_name: str) -> None:
         """For trl's reference adapter, which is made with the policy's config object and given its parameters only."""
-        for name, other in self.peft_config.items():
-            if other is config and name != adapter_name:
-                self.table.holders[adapter_name].weight = self.table.holders[name].weight.clone()
+        source = self._injection.copied_from
+        if source is not None:
+            self.table.holders[adapter_name].weight = self.table.holders[source].weight.clone()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """What is trained is float32 from the start; without PEFT's autocast it has the base's dtype instead.
@@ -128,9 +132,11 @@ def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, WeightAdapt
     return {name: each for name, each in named if isinstance(each, WeightAdapterLayer) and each.has(adapter_name)}
 
 
-def _module_adapter(config: WeightAdapterConfig, parameters: list[tuple[str, Tensor, int]]) -> ModuleAdapter:
-    """Of the parameters' names, numbers and indexes."""
-    at_base = config.init_weights or config.expected_base_fingerprint is not None  # of a file, which says the rest
+def _module_adapter(
+    config: WeightAdapterConfig, parameters: list[tuple[str, Tensor, int]], of_file: bool
+) -> ModuleAdapter:
+    """Of the parameters' names, numbers and indexes. A file says how the adapter differs from the base."""
+    at_base = config.init_weights or of_file
     adapted = [
         AdaptedParameter(name, index, Start(config.r, _has_shift(config, numbers), at_base))
         for name, numbers, index in parameters

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+from ...core.adapter import AdapterForm
 from ...core.files import dtype_from_name
 from ...core.hub import shown_name
-from ...core.masks import ESTIMATORS, MASK_NORMS
+from ...core.masks import ESTIMATORS, MASK_WEIGHTINGS
 from ...errors import ConfigError
 from ...pool import AdapterPool
-from ..base.config import CardPool, require_choice, require_positive
+from ..base.config import CardPool, require_choice, require_number, require_positive
 from ..base.peft_private import peft_type
 from ..sites.config import SiteConfig
 from .spec import MaskSpec
@@ -22,6 +23,9 @@ XPEFT = peft_type("XPEFT")
 MASK_TYPES = ("hard", "soft")
 AVERAGE_SCALE = 2.0
 """Gain over a trained pool, where several adapters are averaged; 1.0 where one is chosen, which is then itself."""
+FORMER_WEIGHTINGS = {"signs": "signed"}
+FORMER_ESTIMATORS = {"identity": "straight_through"}
+"""Values in files of earlier versions, by what they are called now."""
 RANDOM_SCALE = 0.3
 STEERABLE = 40.0
 """Over a random pool the gain is ``STEERABLE / N`` if that is below ``RANDOM_SCALE``."""
@@ -49,27 +53,28 @@ class XPEFTConfig(SiteConfig):
         num_profiles: P, rows of the mask table.
         learn_gain: whether g is trained: one half-precision number per site and profile. It forgives a scale that does
             not suit the base.
-        mask_norm: ``"variance"``: the weights of a mask have unit 2-norm, which keeps the variance of a mix of
-            independent adapters at that of one; ``"mean"``: unit sum; ``"signs"``: of a hard mask, what is chosen is
-            added and the rest subtracted, with unit 2-norm again. None: ``"mean"`` for a trained pool; for a random one
-            ``"signs"``, or ``"variance"`` if masks are soft.
-        estimator: gradient of a hard mask: ``"identity"``, ``"softmax"`` or ``"sigmoid"``, see
+        mask_weighting: the weights of a mask. ``"variance"``: their 2-norm is 1, so a mix of independent adapters has
+            the variance of one; ``"mean"``: their sum is 1; ``"signed"``: a hard mask adds the chosen adapters and
+            subtracts the others, with a 2-norm of 1. None: what suits the pool, which is ``"mean"`` for trained
+            adapters, and ``"signed"`` (``"variance"`` if masks are soft) for random and for centred ones.
+        estimator: gradient of a hard mask: ``"straight_through"``, ``"softmax"`` or ``"sigmoid"``, see
             :func:`peft_xmask.core.masks.hard_mask`.
-        temperature: of the softmax or of the estimator's stand-in.
+        temperature: of the softmax, or of the estimator's surrogate.
         gumbel_noise: standard Gumbel noise times this number is added to the logits in training; 0: none.
         logit_scale: logits are ``logit_scale * weight``. With Adam, a step of the learning rate on ``weight`` moves a
             logit by ``logit_scale`` times as much: masks want steps about 100 times those of a head.
             :class:`~peft_xmask.XPEFTCallback` sets it from a learning rate of its own.
         pool_fingerprint: of the pool; recorded when the adapter is made, checked when it is loaded.
+        mask_norm: the former name of ``mask_weighting``, in files of earlier versions, where ``"signed"`` was
+            ``"signs"`` and the estimator ``"straight_through"`` was ``"identity"``.
 
-    The other fields are those of :class:`peft_xmask.tuners.sites.config.SiteConfig`. What decided each default is in
-    docs/study.md,
-    under "Defaults".
+    The other fields are those of :class:`peft_xmask.tuners.sites.config.SiteConfig`. docs/study.md says under
+    "Defaults" what decided each default.
 
     Raises:
         ConfigError: a value that is not one of those above.
 
-    Source: X-PEFT (arXiv 2401.16137); gain, norms and logit_scale are ours.
+    Source: X-PEFT (arXiv 2401.16137); the gain, the weightings and logit_scale are ours.
     """
 
     pool: str | AdapterPool | None = field(default=None, metadata={"help": "None (random), folder, Hub id or pool."})
@@ -82,35 +87,38 @@ class XPEFTConfig(SiteConfig):
     scale: float | None = field(default=None, metadata={"help": "The gain, or its start; None: by kind of pool."})
     num_profiles: int = field(default=1, metadata={"help": "Rows of the mask table."})
     learn_gain: bool = field(default=True, metadata={"help": "Train one gain per site."})
-    mask_norm: str | None = field(default=None, metadata={"help": "'variance', 'mean' or 'signs'; None: by pool."})
-    estimator: str = field(default="identity", metadata={"help": "Gradient of a hard mask."})
-    temperature: float = field(default=1.0, metadata={"help": "Of the softmax or the estimator's stand-in."})
+    mask_weighting: str | None = field(
+        default=None, metadata={"help": "'variance', 'mean' or 'signed'; None: what suits the pool."}
+    )
+    estimator: str = field(default="straight_through", metadata={"help": "Gradient of a hard mask."})
+    temperature: float = field(default=1.0, metadata={"help": "Of the softmax or the estimator's surrogate."})
     gumbel_noise: float = field(default=0.0, metadata={"help": "Size of Gumbel noise on the logits in training."})
     logit_scale: float = field(default=100.0, metadata={"help": "Logits are logit_scale times what is trained."})
     pool_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of the pool."})
+    mask_norm: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, mask_norm: str | None) -> None:
         super().__post_init__()
         self.peft_type = XPEFT
+        self._take_former_names(mask_norm)
         for name in ("num_adapters", "bottleneck_size", "num_profiles"):
             require_positive(name, getattr(self, name))
         require_choice("pool_dtype", self.pool_dtype, ("float32", "bfloat16", "float16"))
         require_choice("mask_type", self.mask_type, MASK_TYPES)
         require_choice("estimator", self.estimator, ESTIMATORS)
-        if self.mask_norm is not None:
-            require_choice("mask_norm", self.mask_norm, MASK_NORMS)
-            if self.mask_norm == "signs" and self.mask_type != "hard":
+        if self.mask_weighting is not None:
+            require_choice("mask_weighting", self.mask_weighting, MASK_WEIGHTINGS)
+            if self.mask_weighting == "signed" and self.mask_type != "hard":
                 raise ConfigError(
-                    'mask_norm="signs" is invalid with mask_type="soft", whose weights are above 0: expected '
-                    'mask_type="hard", or another norm.'
+                    'mask_weighting="signed" is invalid with mask_type="soft", whose weights are above 0. Pass '
+                    'mask_type="hard", or another weighting.'
                 )
         for name in ("temperature", "logit_scale"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number above 0.")
-        if self.scale is not None and not self.scale > 0:
-            raise ConfigError(f"scale={self.scale!r} is invalid: expected a number above 0.")
-        if not self.gumbel_noise >= 0:
-            raise ConfigError(f"gumbel_noise={self.gumbel_noise!r} is invalid: expected a number of at least 0.")
+            require_number(name, getattr(self, name), above=0)
+        if self.scale is not None:
+            require_number("scale", self.scale, above=0)
+        if self.gumbel_noise != 0:
+            require_number("gumbel_noise", self.gumbel_noise, above=0)
         if isinstance(self.pool, os.PathLike):
             self.pool = os.fspath(self.pool)
         if isinstance(self.pool, AdapterPool):
@@ -119,10 +127,23 @@ class XPEFTConfig(SiteConfig):
             raise ConfigError(f"pool={self.pool!r} is invalid: expected None, a folder or Hub id, or an AdapterPool.")
         if not isinstance(self.pool, str):
             self._check_top_k()
-        self.expected_pool_fingerprint = self.pool_fingerprint
+
+    def _take_former_names(self, mask_norm: str | None) -> None:
+        """Read what earlier versions wrote."""
+        if mask_norm is not None:
+            former = FORMER_WEIGHTINGS.get(mask_norm, mask_norm)
+            require_choice("mask_norm", former, MASK_WEIGHTINGS)
+            if self.mask_weighting not in (None, former):
+                raise ConfigError(
+                    f"mask_weighting={self.mask_weighting!r} contradicts mask_norm={mask_norm!r}, its former name. "
+                    "Pass mask_weighting alone."
+                )
+            self.mask_weighting = former
+        self.mask_weighting = FORMER_WEIGHTINGS.get(self.mask_weighting or "", self.mask_weighting)
+        self.estimator = FORMER_ESTIMATORS.get(self.estimator, self.estimator)
 
     def resolve_pool(self) -> AdapterPool:
-        """The pool this config means, loaded if it is named by folder or id. Fields that depend on it are filled in."""
+        """The pool of this config, loaded if it is named by folder or id. Fields that depend on it are filled in."""
         if self.pool is None:
             dtype = dtype_from_name(self.pool_dtype)
             pool = AdapterPool.random(self.num_adapters, self.bottleneck_size, self.pool_seed, dtype=dtype)
@@ -139,10 +160,17 @@ class XPEFTConfig(SiteConfig):
                 self.scale = min(RANDOM_SCALE, STEERABLE / self.num_adapters)
             else:
                 self.scale = 1.0 if self.top_k == 1 else AVERAGE_SCALE
-        if self.mask_norm is None:
-            self.mask_norm = pool.mask_norm
-            if self.mask_norm == "signs" and self.mask_type == "soft":
-                self.mask_norm = "variance"
+        if self.mask_weighting is None:
+            soft = pool.mask_weighting == "signed" and self.mask_type == "soft"
+            self.mask_weighting = "variance" if soft else pool.mask_weighting
+        default = AdapterForm()
+        self.settle_form(
+            AdapterForm(
+                default.activation if pool.activation is None else pool.activation,
+                default.layer_norm if pool.layer_norm is None else pool.layer_norm,
+                default.insertion_form if pool.insertion_form is None else pool.insertion_form,
+            )
+        )
         return pool
 
     def to_dict(self) -> dict[str, Any]:
@@ -192,14 +220,14 @@ class XPEFTConfig(SiteConfig):
         """What the masks of this config are; its pool has been resolved."""
         assert self.top_k is not None
         assert self.scale is not None
-        assert self.mask_norm is not None
+        assert self.mask_weighting is not None
         return MaskSpec(
             num_profiles=self.num_profiles,
             num_sites=num_sites,
             num_adapters=self.num_adapters,
             mask_type=self.mask_type,
             top_k=self.top_k,
-            norm=self.mask_norm,
+            weighting=self.mask_weighting,
             estimator=self.estimator,
             scale=self.scale,
             learn_gain=self.learn_gain,

@@ -9,8 +9,7 @@ from torch import nn
 from ...core.adapter import AdapterForm, AdapterPair
 from ...pool import PoolSlice
 from ..sites.layer import SiteLayer, device_of
-from .state import XPEFTModule
-from .table import MaskTable
+from .table import MaskTable, XPEFTModule
 
 
 class XPEFTSite(nn.Module):
@@ -60,4 +59,4 @@ class XPEFTLayer(SiteLayer, XPEFTModule):
     def pair(self, adapter_name: str) -> AdapterPair:
         """The mixed adapter, with the gain in the up-projection."""
         site = self.xpeft_sites[adapter_name]
-        return self._table[0].mixing(adapter_name, site).pair(site)
+        return self._table[0].active(adapter_name).pair(site)

@@ -1,4 +1,4 @@
-"""From masks to the adapters in force: masks of rows, the pool mixed with them, and which example uses which mix."""
+"""From masks to the adapters of a forward pass."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...core.adapter import AdapterPair
 from ...core.masks import hard_mask, hard_weights, mix, scaled_gain, soft_mask
@@ -14,12 +14,9 @@ from ...core.packing import unpack_bits, unpack_halves
 from ...pool import PoolSlice
 from .spec import MaskSpec
 
-Source = tuple[nn.Module, Tensor, int | None, torch.dtype, torch.device]
-"""Where masks come from: a module, its weight, and that tensor's version, dtype and device."""
-
 
 class Site(Protocol):
-    """What one adapter has at one site: its slice of the pool, now and after it was moved, and the site's place."""
+    """What one adapter has at one site: its slice of the pool (another object after a move), and the site's index."""
 
     pool: PoolSlice
     index: int
@@ -28,26 +25,19 @@ class Site(Protocol):
 class MixedRows(Protocol):
     """Mixed adapters of R rows."""
 
-    def fit(self, site: Site) -> bool:
-        """Whether they are still of the pool that the site has now."""
-
     def at(self, site: Site) -> AdapterPair:
         """Those of one site, with R as the first dimension."""
 
 
 @dataclass(eq=False)
-class Masks:
-    """Masks and gains of R rows: mixed adapters that are made when they are asked for.
+class RowMasks:
+    """Masks and gains of R rows. Each call of :meth:`at` mixes the pool of one site with them.
 
     Shapes: ``mask [R, 2, S, N]``, ``gain [R, S]``.
     """
 
     mask: Tensor
     gain: Tensor
-
-    def fit(self, site: Site) -> bool:
-        """True: they are mixed when they are asked for."""
-        return True
 
     def at(self, site: Site) -> AdapterPair:
         """Mix the pool of one site for every row; the gain goes into the up-projection."""
@@ -63,35 +53,33 @@ class Masks:
 
 
 @dataclass(eq=False)
-class Mixing:
-    """The adapters in force: those of some rows, and which of them each example of the batch uses.
+class ActiveAdapters:
+    """The mixed adapters that a forward pass uses.
 
     Attributes:
         mixed: adapters of R rows.
-        index: ``[B]``, which of them; None: all of them, in order.
-        each: whether there is one for each example. If not, one row serves the whole batch.
-        rows: with ``state`` and ``sources``, what it was computed from, and so how long it holds.
+        index: ``[B]``, the row of each example; None: the rows in order.
+        each: whether every example has its own adapter; otherwise the only row serves the whole batch.
+        source: what they were computed from, see :meth:`~peft_xmask.tuners.xpeft.masks.AdapterMasks.source`; None: they
+            serve this pass only.
     """
 
     mixed: MixedRows
     index: Tensor | None
     each: bool
-    rows: int | Tensor = 0
-    state: tuple[Any, ...] = ()
-    sources: list[Source] = field(default_factory=list)
-    _baked: dict[int, tuple[Tensor, AdapterPair]] = field(default_factory=dict)
+    source: tuple[Any, ...] | None = None
+    _pairs: dict[int, tuple[Tensor, AdapterPair]] = field(default_factory=dict)
 
     def pair(self, site: Site) -> AdapterPair:
-        """The adapters of one site; where no gradient is wanted, the result is kept for the next pass.
+        """The adapters of one site. Without a gradient the result is kept for the next pass that uses this object.
 
-        Shapes: those of :class:`~peft_xmask.core.adapter.AdapterPair`, with a batch dimension if there is one for each
-        example.
+        Shapes: those of :class:`~peft_xmask.core.adapter.AdapterPair`, with a batch dimension if ``each``.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            baked = self._baked.get(site.index)
-            if baked is not None and baked[0] is site.pool.down:
-                return baked[1]
+            kept = self._pairs.get(site.index)
+            if kept is not None and kept[0] is site.pool.down:
+                return kept[1]
         rows = self.mixed.at(site)
         pair = AdapterPair(
             down=self._spread(rows.down),
@@ -100,7 +88,7 @@ class Mixing:
             up_bias=None if rows.up_bias is None else self._spread(rows.up_bias),
         )
         if not compiling and not pair.down.requires_grad:
-            self._baked[site.index] = (site.pool.down, pair)
+            self._pairs[site.index] = (site.pool.down, pair)
         return pair
 
     def _spread(self, mixed: Tensor) -> Tensor:
@@ -112,29 +100,29 @@ class Mixing:
 
 def masks_from_logits(
     spec: MaskSpec, logits: Tensor, gain: Tensor | None, *, temperature: float, logit_scale: float
-) -> Masks:
+) -> RowMasks:
     """Masks and gains of trained values.
 
     Shapes: ``logits [R, 2, S, N]``, ``gain [R, S]`` or None.
     """
     softness = temperature / logit_scale
     if spec.mask_type == "hard":
-        mask = hard_mask(logits, spec.top_k, estimator=spec.estimator, norm=spec.norm, temperature=softness)
+        mask = hard_mask(logits, spec.top_k, estimator=spec.estimator, weighting=spec.weighting, temperature=softness)
     else:
-        mask = soft_mask(logits, norm=spec.norm, temperature=softness)
-    return Masks(mask, constant_gain(spec, mask) if gain is None else scaled_gain(gain, spec.scale, logit_scale))
+        mask = soft_mask(logits, weighting=spec.weighting, temperature=softness)
+    return RowMasks(mask, constant_gain(spec, mask) if gain is None else scaled_gain(gain, spec.scale, logit_scale))
 
 
-def masks_from_bits(spec: MaskSpec, bits: Tensor, gain_bits: Tensor | None) -> Masks:
+def masks_from_bits(spec: MaskSpec, bits: Tensor, gain_bits: Tensor | None) -> RowMasks:
     """Masks and gains of shipped bytes, which the caller has checked.
 
     Shapes: as in :class:`~peft_xmask.tuners.xpeft.spec.MaskSpec`, with R rows.
     """
     if spec.mask_type == "hard":
-        mask = hard_weights(unpack_bits(bits, spec.num_adapters), spec.top_k, spec.norm)
+        mask = hard_weights(unpack_bits(bits, spec.num_adapters), spec.top_k, spec.weighting)
     else:
-        mask = soft_mask(unpack_halves(bits), norm=spec.norm)
-    return Masks(mask, constant_gain(spec, mask) if gain_bits is None else unpack_halves(gain_bits)[..., 0])
+        mask = soft_mask(unpack_halves(bits), weighting=spec.weighting)
+    return RowMasks(mask, constant_gain(spec, mask) if gain_bits is None else unpack_halves(gain_bits)[..., 0])
 
 
 def constant_gain(spec: MaskSpec, mask: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,17 +16,30 @@ from ...core.sites import Site, partners
 from ...errors import ConfigError, FileFormatError, PoolMismatchError
 from ...pool import AdapterPool, PoolSlice
 from ..base.peft_private import accept_rows, register
+from ..base.tuner import Injection
 from ..sites.config import SiteConfig
 from ..sites.layer import SiteLayer, device_of
 from ..sites.tuner import SiteTuner
-from .baked import BakedRows
+from .cache import MixedAdapterCache
 from .config import XPEFTConfig
+from .keys import BITS, GAIN, GAIN_BITS, LOGITS, PARTS, TABLE, ending
 from .layer import XPEFTLayer, XPEFTSite
-from .state import XPEFTModule
-from .table import MaskTable, begin_forward, end_forward
+from .masks import BASE, AdapterMasks
+from .passes import OF_THREAD, BatchRows
+from .table import MaskTable, XPEFTModule, begin_forward, end_forward, find_table
 
-TABLE = "mask_table"
-"""Attribute of the base model's root that holds the table."""
+
+@dataclass
+class XPEFTInjection(Injection):
+    """What is found out while an X-PEFT adapter is being put into a model.
+
+    Attributes:
+        pool: of the adapter.
+        pool_names_targets: whether the targets are the pool's sites, which the model may name from another root.
+    """
+
+    pool: AdapterPool | None = None
+    pool_names_targets: bool = False
 
 
 class XPEFTModel(SiteTuner):
@@ -37,20 +51,21 @@ class XPEFTModel(SiteTuner):
     prefix = "xpeft_"
     tuner_layer_cls = XPEFTModule
     layer_cls = XPEFTLayer
+    injection_cls = XPEFTInjection
+    _injection: XPEFTInjection
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """Resolve the pool first: it knows sizes, defaults and, if it was trained, where its adapters belong."""
-        pool = peft_config.resolve_pool()
+        pool = self._injection.pool = peft_config.resolve_pool()
         _check_pool(peft_config, pool)
-        self._take_targets_of_pool = peft_config.target_modules is None and pool.target_modules is not None
-        if self._take_targets_of_pool:
-            peft_config.target_modules = set(pool.target_modules or ())
-        self._resolved = [pool]
+        if peft_config.target_modules is None and pool.target_modules is not None:
+            self._injection.pool_names_targets = True
+            peft_config.target_modules = set(pool.target_modules)
         return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """A pool's sites may be named from another root: take the names they have in this model."""
-        if self._take_targets_of_pool:
+        if self._injection.pool_names_targets:
             names = [name for name, _ in model.named_modules() if name]
             present = sorted(peft_config.target_modules)
             found = {name for name, same in zip(names, partners(names, present), strict=True) if same}
@@ -65,7 +80,8 @@ class XPEFTModel(SiteTuner):
                 f"The base model has an attribute '{TABLE}' of its own ({type(present).__name__}), where X-PEFT keeps "
                 "its masks. Wrap the model in another module."
             )
-        pool = self._resolved.pop()
+        pool = self._injection.pool
+        assert pool is not None
         slices = pool.bind(sites)
         config.pool_fingerprint = pool.fingerprint
         return {
@@ -91,24 +107,23 @@ class XPEFTModel(SiteTuner):
                 self.model.register_forward_pre_hook(begin_forward, with_kwargs=True),
                 self.model.register_forward_hook(end_forward, always_call=True),
             ]
-        spec = config.mask_spec(len(self._parts))
-        self.table.add(
+        masks = AdapterMasks(
             adapter_name,
-            spec,
+            config.mask_spec(len(self._injection.parts)),
             trainable=not config.inference_mode,
             logit_scale=config.logit_scale,
             temperature=config.temperature,
-            noise=config.gumbel_noise,
+            gumbel_noise=config.gumbel_noise,
         )
-        for name, other in self.peft_config.items():
-            if other is config and name != adapter_name:  # trl's reference, for which it copies parameters only
-                self.table.copy_bytes(name, adapter_name)
+        self.table.add(masks)
+        if self._injection.copied_from is not None:  # trl's reference adapter, for which it copies parameters only
+            masks.copy_bytes(self.table.adapters[self._injection.copied_from])
         device = device_of(first.get_base_layer())
         if device is not None and device.type != "cpu":
             self.table.to(device)
         weight = getattr(first.get_base_layer(), "weight", None)
         if isinstance(weight, Tensor) and weight.dtype in (torch.float16, torch.bfloat16):
-            self.table.cast(adapter_name, weight.dtype)  # PEFT casts it back unless autocast_adapter_dtype=False
+            masks.cast(weight.dtype)  # PEFT casts it back unless autocast_adapter_dtype=False
 
     @property
     def table(self) -> MaskTable:
@@ -125,18 +140,21 @@ class XPEFTModel(SiteTuner):
     def set_profile(self, profile: int | str, adapter_name: str | None = None) -> None:
         """Choose which of an adapter's profiles serves from now on. O(1): no module is visited.
 
+        The choice holds for the calling context: this thread, or this asyncio task. Others do not see it, so threads
+        that share a model can serve different profiles. A thread that was started later has made no choice yet.
+
         Args:
-            profile: its row, from 0 to ``num_profiles - 1``; or its name, where the adapter is a bank's.
+            profile: its row, from 0 to ``num_profiles - 1``; or its name, where the adapter is a bank's; -1 or
+                ``"__base__"`` for none.
             adapter_name: None: the active adapter.
 
         Raises:
-            ConfigError: no such profile, or the adapter is merged.
+            ConfigError: no such profile, no such adapter, or the adapter is merged.
         """
         if self.table.merged:
             raise ConfigError("Cannot choose a profile while an adapter is merged. Call unmerge_adapter() first.")
-        name = adapter_name or self.active_adapters[0]
-        row = int(self.table.find_rows(name, [profile])[0]) if isinstance(profile, str) else profile
-        self.table.set_rows(name, row)
+        masks = self._masks(adapter_name)
+        masks.choose(int(masks.find_rows([profile])[0]) if isinstance(profile, str) else profile)
 
     def cache_profiles(self, max_bytes: int, adapter_name: str | None = None) -> None:
         """Keep the mixed adapters of the profiles that were used last, so that these need no mixing again.
@@ -146,49 +164,64 @@ class XPEFTModel(SiteTuner):
         at once are mixed by another kernel than one alone.
 
         Args:
-            max_bytes: for mixed adapters, besides those of the batch at hand; they are taken at once, in the dtype of
-                the pool. 0: nothing is kept.
+            max_bytes: for the mixed adapters that are kept, in the dtype of the pool; those of the batch at hand come
+                on top. 0: nothing is kept.
             adapter_name: None: the active adapter.
 
         Raises:
-            ConfigError: no such adapter, or not even one profile fits.
+            ConfigError: no such adapter, or ``max_bytes`` is no whole number or too small for one profile.
         """
-        name = adapter_name or self.active_adapters[0]
-        if name not in self.table.specs:
-            raise ConfigError(f"No adapter '{name}' in this model. Known: {', '.join(sorted(self.table.specs))}.")
+        masks = self._masks(adapter_name)
         layers = [module for module in self.model.modules() if isinstance(module, XPEFTLayer)]
-        sites = [layer.xpeft_sites[name] for layer in layers if name in layer.xpeft_sites]
+        sites = [layer.xpeft_sites[masks.name] for layer in layers if masks.name in layer.xpeft_sites]
         sites.sort(key=lambda site: site.index)
-        self.table.keep_baked(name, BakedRows(sites, max_bytes) if max_bytes else None)
+        masks.cache = MixedAdapterCache(sites, max_bytes)
+
+    def _masks(self, adapter_name: str | None) -> AdapterMasks:
+        name = adapter_name or self.active_adapters[0]
+        if name not in self.table.adapters:
+            raise ConfigError(f"No adapter '{name}' in this model. Known: {', '.join(sorted(self.table.adapters))}.")
+        return self.table.adapters[name]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """``adapter_names`` may be rows of the active adapter, one for each example; in training too.
 
         A LongTensor or a list of whole numbers, -1 for none, or names of profiles, where the adapter is a bank's, and
-        ``"__base__"`` for none; with ``num_beams`` one for each prompt.
+        ``"__base__"`` for none; with ``num_beams`` one for each prompt. Of several active adapters, rows are those of
+        the first. They hold for this call in this thread.
         """
-        rows = self._as_rows(kwargs.get("adapter_names"))
-        if not isinstance(rows, Tensor):
-            self.table.set_batch_rows(None)
+        batch = self._batch_rows(kwargs.get("adapter_names"), kwargs.get("num_beams") or 1)
+        before, outer = OF_THREAD.batch, OF_THREAD.now
+        OF_THREAD.batch = batch
+        try:
+            if batch is not None:
+                kwargs["adapter_names"] = None
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
-            return
-        self._refuse_merged()
-        _check_rows(rows, self.table.specs[self.active_adapters[0]].num_profiles)
-        self.table.set_batch_rows(rows, beams=kwargs.get("num_beams") or 1)
-        yield
+        finally:
+            OF_THREAD.batch, OF_THREAD.now = before, outer
 
-    def _as_rows(self, names: Any) -> Any:
+    def _batch_rows(self, chosen: Any, beams: int) -> BatchRows | None:
         """Rows for what is passed as ``adapter_names``, unless it is None or names of adapters."""
-        if not isinstance(names, (list, tuple)) or not names:
-            return names
-        if all(isinstance(name, int) for name in names):
-            return torch.tensor(names)
-        active = self.active_adapters[0] if self.active_adapters else None
-        if active not in self.table.names or all(name in self.peft_config or name == "__base__" for name in names):
-            return names
-        return self.table.find_rows(active, names)
+        if not isinstance(chosen, Tensor) and not (isinstance(chosen, (list, tuple)) and chosen):
+            return None
+        masks = self.table.adapters.get(self.active_adapters[0]) if self.active_adapters else None
+        if isinstance(chosen, Tensor):
+            rows = chosen
+        elif all(isinstance(each, int) and not isinstance(each, bool) for each in chosen):
+            rows = torch.tensor(chosen)
+        elif masks is None or masks.names is None or all(each in self.peft_config or each == BASE for each in chosen):
+            return None
+        else:
+            rows = masks.find_rows(chosen)
+        if masks is None:
+            raise ConfigError(
+                "Cannot choose profiles by `adapter_names`: no adapter is active. Call set_adapter first."
+            )
+        self._refuse_merged()
+        _check_rows(rows, masks.spec.num_profiles)
+        return BatchRows(self.table, masks, rows, beams)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
@@ -208,60 +241,46 @@ class XPEFTModel(SiteTuner):
     ) -> dict[str, Tensor]:
         """What is saved: the masks (and gains) as bytes, packed from the logits where there are any."""
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        table = find_table(model)
-        prefix = next(key.rpartition(".xpeft_")[0] for key in entries if f"{TABLE}.xpeft_bits.{adapter_name}." in key)
-        keys = {part: f"{prefix}.{part}.{adapter_name}.weight" for part in MaskTable.adapter_layer_names}
-        packed = {part: entries[key] for part, key in keys.items() if key in entries}
-        if "xpeft_logits" in packed:
-            bits, gain_bits = table.pack(adapter_name, packed["xpeft_logits"], packed.get("xpeft_gain"))
-            packed = {"xpeft_bits": bits, "xpeft_gain_bits": gain_bits}
-        names = ("xpeft_bits", "xpeft_gain_bits") if table.specs[adapter_name].learn_gain else ("xpeft_bits",)
-        return {keys[name]: packed[name] for name in names}
+        masks = find_table(model).adapters[adapter_name]
+        keys = {part: _key_of(entries, ending(part, adapter_name)) for part in PARTS}
+        found = {part: entries[key] for part, key in keys.items() if key is not None}
+        if LOGITS in found:
+            found[BITS], found[GAIN_BITS] = masks.pack(found[LOGITS], found.get(GAIN))
+        parts = (BITS, GAIN_BITS) if masks.spec.learn_gain else (BITS,)
+        return {keys[part]: found[part] for part in parts}  # type: ignore[misc]  # both are always there
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check the bytes of a file before any tensor reaches the model; for training, rebuild logits from them."""
-        table = find_table(model)
-        bits_key, gain_key = (_key_of(state_dict, part) for part in ("xpeft_bits", "xpeft_gain_bits"))
-        learn_gain = table.specs[adapter_name].learn_gain
+        masks = find_table(model).adapters[adapter_name]
+        bits_key, gain_key = (_key_of(state_dict, ending(part)) for part in (BITS, GAIN_BITS))
+        learn_gain = masks.spec.learn_gain
         if bits_key is None or (gain_key is None) == learn_gain:
-            expected = "xpeft_bits and xpeft_gain_bits" if learn_gain else "xpeft_bits alone"
+            expected = f"{BITS} and {GAIN_BITS}" if learn_gain else f"{BITS} alone"
             raise FileFormatError(
                 f"Expected {expected} of a '{TABLE}' in the adapter file, found {sorted(state_dict) or 'nothing'}. The "
                 "file is damaged, or adapter_config.json (learn_gain) is of another one."
             )
         bits = state_dict[bits_key]
         gain_bits = None if gain_key is None else state_dict[gain_key]
-        table.specs[adapter_name].check(bits, gain_bits)
-        if bits.shape[0] != table.specs[adapter_name].num_profiles:
+        masks.spec.check(bits, gain_bits)
+        if bits.shape[0] != masks.spec.num_profiles:
             raise FileFormatError(
-                f"Expected masks of {table.specs[adapter_name].num_profiles} profiles, found {bits.shape[0]}. The file "
-                "is damaged, or adapter_config.json (num_profiles) is of another one."
+                f"Expected masks of {masks.spec.num_profiles} profiles, found {bits.shape[0]}. The file is damaged, or "
+                "adapter_config.json (num_profiles) is of another one."
             )
         state_dict = dict(state_dict)
-        if table.is_trained(adapter_name):
-            logits, gain = table.unpack(adapter_name, bits, gain_bits)
-            state_dict[bits_key.replace("xpeft_bits", "xpeft_logits")] = logits
+        if masks.is_trained:
+            logits, gain = masks.unpack(bits, gain_bits)
+            state_dict[bits_key.replace(BITS, LOGITS)] = logits
             state_dict[bits_key] = torch.zeros_like(bits)
             if gain_key is not None and gain is not None:
-                state_dict[gain_key.replace("xpeft_gain_bits", "xpeft_gain")] = gain
+                state_dict[gain_key.replace(GAIN_BITS, GAIN)] = gain
                 state_dict[gain_key] = torch.zeros_like(state_dict[gain_key])
-            table.rebuilt.add(adapter_name)
+            masks.rebuilt = True
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def find_table(model: nn.Module) -> MaskTable:
-    """The mask table inside a model, wrapped by PEFT or not.
-
-    Raises:
-        ConfigError: the model has none.
-    """
-    for module in model.modules():
-        if isinstance(module, MaskTable):
-            return module
-    raise ConfigError(f"Expected a model with an X-PEFT adapter, found a {type(model).__name__} without one.")
 
 
 def _check_rows(rows: Tensor, count: int) -> None:
@@ -275,8 +294,8 @@ def _check_rows(rows: Tensor, count: int) -> None:
         raise ConfigError(f"{expected}; found {rows[:8].tolist()}.")
 
 
-def _key_of(state_dict: dict[str, Tensor], part: str) -> str | None:
-    return next((key for key in state_dict if key.endswith(f"{TABLE}.{part}.weight")), None)
+def _key_of(state_dict: dict[str, Tensor], end: str) -> str | None:
+    return next((key for key in state_dict if key.endswith(end)), None)
 
 
 def _shared(layer: XPEFTLayer, part: PoolSlice) -> PoolSlice:
@@ -289,7 +308,7 @@ def _shared(layer: XPEFTLayer, part: PoolSlice) -> PoolSlice:
 
 
 def _check_pool(config: XPEFTConfig, pool: AdapterPool) -> None:
-    expected = config.expected_pool_fingerprint
+    expected = config.pool_fingerprint
     if expected is not None and pool.fingerprint != expected:
         raise PoolMismatchError(
             f"This profile was trained on the pool with fingerprint {expected}; the pool at hand ({pool!r}) has "

@@ -25,7 +25,7 @@ class MaskSpec:
     num_adapters: int
     mask_type: str
     top_k: int
-    norm: str
+    weighting: str
     estimator: str
     scale: float
     learn_gain: bool
