@@ -24,7 +24,7 @@ from ..tuners.base.model_card import AUTO_CLASSES
 from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.spec import MaskSpec
 from .bank import ProfileBank
-from .config import fields_of
+from .config import config_of, fields_of
 from .live import LiveBank, is_live_bank
 from .names import BASE, MAX_BYTES, NameIndex, hash_of
 from .similar import differing_bits
@@ -109,6 +109,15 @@ def _verify_live(folder: Path) -> Verification:
     return Verification(count, len(found), tuple(found[:SHOWN]))
 
 
+def _current_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a config file by the names that this version gives them; as they are if they make no config."""
+    try:
+        config = config_of(fields, CONFIG_FILE)
+    except FileFormatError:
+        return fields
+    return {**json.loads(json.dumps(fields_of(config))), "num_profiles": fields.get("num_profiles")}
+
+
 def folder_problems(folder: Folder, stored: StoredBank) -> Iterator[Problem]:
     """Bytes that changed since they were written, and files that do not belong together."""
     if stored.data_digest is not None and (found := stored.file.data_sha256()) != stored.data_digest:
@@ -123,6 +132,7 @@ def folder_problems(folder: Folder, stored: StoredBank) -> Iterator[Problem]:
         return
     if stored.version == VERSION:
         expected = json.loads(json.dumps(fields_of(stored.config)))
+        beside = _current_names(beside)
         wrong = sorted(name for name in expected if beside.get(name) != expected[name])
     else:
         expected, wrong = {"num_profiles": len(stored.content.bits)}, []
