@@ -83,7 +83,7 @@ CASES = {
     "sequential": (llama, {"insertion_form": "sequential"}),
     "soft masks": (llama, {"insertion_form": "parallel", "mask_type": "soft"}),
     "without gains": (llama, {"insertion_form": "parallel", "learn_gain": False}),
-    "mean of k": (llama, {"insertion_form": "parallel", "mask_norm": "mean", "top_k": 3}),
+    "mean of k": (llama, {"insertion_form": "parallel", "mask_weighting": "mean", "top_k": 3}),
     "several modules, some layers": (
         llama,
         {

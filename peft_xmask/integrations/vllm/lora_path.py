@@ -34,7 +34,7 @@ def settings_digest(config: XPEFTConfig, spec: MaskSpec) -> str:
             "adapters": spec.num_adapters,
             "mask_type": spec.mask_type,
             "top_k": spec.top_k,
-            "norm": spec.norm,
+            "weighting": spec.weighting,
             "scale": None if spec.learn_gain else spec.scale,
             "learn_gain": spec.learn_gain,
         }
