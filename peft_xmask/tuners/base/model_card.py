@@ -227,8 +227,8 @@ def _how_to_load_a_classifier(
     lines += ["", "tokenizer = AutoTokenizer.from_pretrained(base)"]
     cut = f"truncation=True, max_length={length}" if length else "truncation=True"
     lines += [f'batch = tokenizer(["A text to classify."], padding=True, {cut}, return_tensors="pt")']
-    names = ", adapter_names=[next(iter(bank))]" if is_bank else ""
-    lines += [f"logits = model.eval()(**batch{names}).logits"]
+    chosen = ", adapter_names=[next(iter(bank))]" if is_bank else ""
+    lines += [f"logits = model.eval()(**batch{chosen}).logits"]
     return [*lines, "print([model.config.id2label[number] for number in logits.argmax(-1).tolist()])", "```"]
 
 

@@ -93,7 +93,13 @@ def test_paths_that_are_none_of_ours_are_refused(bank):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"pool_seed": 5}, {"top_k": 3}, {"mask_weighting": "mean"}, {"insertion_form": "sequential"}, {"mask_type": "soft"}],
+    [
+        {"pool_seed": 5},
+        {"top_k": 3},
+        {"mask_weighting": "mean"},
+        {"insertion_form": "sequential"},
+        {"mask_type": "soft"},
+    ],
     ids=str,
 )
 def test_a_profile_of_other_settings_has_another_path(bank, fields):
