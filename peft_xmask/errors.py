@@ -1,39 +1,39 @@
-"""Every error this package raises on purpose.
+"""The errors that this package raises on purpose.
 
 ```
 PeftXMaskError
-├── ConfigError            a config field, or an argument, that cannot be
+├── ConfigError            an invalid config field or argument
 ├── TargetError            nothing to adapt, or a module that cannot be adapted
-├── MergeError             a merge that could not be exact
-├── FileFormatError        a file that is not what it should be: truncated, oversized, wrong dtype
-│   └── MaskFormatError    bits that are not exactly k of N, logits that are not numbers
-├── MismatchError          two things that do not belong together; carries ``expected`` and ``found``
-│   ├── BaseMismatchError  a profile of another base model
-│   ├── PoolMismatchError  a profile, or a base, of another pool
-│   └── MaskMismatchError  values of another mask
-├── LockedError            another process is writing there
-├── StaleGraphError        a backward pass through numbers that are not there any more
-├── FleetError             a part of the profiles failed on every worker that tried it; carries ``shard``
+├── MergeError             a merge that would not be exact
+├── FileFormatError        an invalid file: truncated, oversized, wrong dtype
+│   └── MaskFormatError    masks without exactly k of N bits, logits that are not finite
+├── MismatchError          two objects that do not belong together; has ``expected`` and ``found``
+│   ├── BaseMismatchError  a profile for another base model
+│   ├── PoolMismatchError  a profile or a base for another pool
+│   └── MaskMismatchError  values for another mask
+├── LockedError            another process is writing the folder
+├── StaleGraphError        a backward pass through values that no longer exist
+├── FleetError             a shard of profiles failed on every worker that tried it; has ``shard``
 └── MissingExtraError      an optional dependency that is not installed
 ```
 
-All but the last four are also ``ValueError``; ``LockedError``, ``StaleGraphError`` and ``FleetError`` are also
-``RuntimeError``, the last also ``ImportError``.
+``LockedError``, ``StaleGraphError`` and ``FleetError`` are also ``RuntimeError``, ``MissingExtraError`` is also
+``ImportError``, and all others are also ``ValueError``.
 """
 
 from __future__ import annotations
 
 
 class PeftXMaskError(Exception):
-    """Root of the errors of this package."""
+    """Base class of this package's errors."""
 
 
 class ConfigError(PeftXMaskError, ValueError):
-    """A config field or argument has a value that cannot be used."""
+    """A config field or an argument has an invalid value."""
 
 
 class TargetError(PeftXMaskError, ValueError):
-    """A base model has no module to adapt, or one that cannot be adapted."""
+    """A base model has no module to adapt, or a target that cannot be adapted."""
 
 
 class MergeError(PeftXMaskError, ValueError):
@@ -41,19 +41,19 @@ class MergeError(PeftXMaskError, ValueError):
 
 
 class FileFormatError(PeftXMaskError, ValueError):
-    """A file, or the tensors read from it, is not of the documented format."""
+    """A file, or a tensor read from it, does not have the documented format."""
 
 
 class MaskFormatError(FileFormatError):
-    """A mask is not exactly k of N, or its logits are not finite."""
+    """A mask does not have exactly k of N bits, or its logits are not finite."""
 
 
 class MismatchError(PeftXMaskError, ValueError):
     """Two things do not belong together.
 
     Attributes:
-        expected: the fingerprint or description that was asked for.
-        found: the one that is there.
+        expected: the expected fingerprint or description.
+        found: the actual one.
     """
 
     def __init__(self, message: str, *, expected: object, found: object) -> None:
@@ -63,7 +63,7 @@ class MismatchError(PeftXMaskError, ValueError):
 
 
 class BaseMismatchError(MismatchError):
-    """A file was made for another base model."""
+    """A file belongs to another base model."""
 
 
 class PoolMismatchError(MismatchError):
@@ -79,14 +79,14 @@ class LockedError(PeftXMaskError, RuntimeError):
 
 
 class StaleGraphError(PeftXMaskError, RuntimeError):
-    """A backward pass needs numbers that were changed after the forward pass."""
+    """A backward pass needs values that were changed after the forward pass."""
 
 
 class FleetError(PeftXMaskError, RuntimeError):
-    """A shard of profiles was tried as often as it may be, and failed each time.
+    """A shard of profiles failed on every allowed try.
 
     Attributes:
-        shard: its number, from 0.
+        shard: number of the shard, from 0.
     """
 
     def __init__(self, message: str, *, shard: int) -> None:
@@ -95,8 +95,8 @@ class FleetError(PeftXMaskError, RuntimeError):
 
 
 class MissingExtraError(PeftXMaskError, ImportError):
-    """An optional dependency is needed and not installed."""
+    """A required optional dependency is not installed."""
 
 
 class PeftXMaskWarning(UserWarning):
-    """Something works, but not quite as one might expect."""
+    """Something works, but perhaps not as you expect."""

@@ -63,7 +63,7 @@ class BakedLora:
             shared: tensors of modules saved whole, by their key in an adapter's file.
 
         Raises:
-            ConfigError: ``rank`` is smaller than that of the changes.
+            ConfigError: ``rank`` is smaller than the rank of the changes.
         """
         tensors = lora_tensors(changes, rank)
         size = rank or next(iter(changes.values())).down.shape[0]

@@ -207,7 +207,7 @@ class ProfileBank(BankRows):
         """Upload the bank in one commit; the commit's address.
 
         Raises:
-            ConfigError: the token may not write there, or there is none.
+            ConfigError: there is no token, or it may not write to the repository.
         """
         address, _ = upload(
             self.save_pretrained,

@@ -67,7 +67,7 @@ class BaseFolder:
         """A folder, or a repository of the Hub, of which the config and, if they are needed, the weights are fetched.
 
         Raises:
-            ConfigError: neither a folder nor a repository that can be reached.
+            ConfigError: there is no such folder, and no such repository can be reached.
         """
         return cls(find_folder(where, ["config.json", *(["*.safetensors*"] if weights else [])], hub).path)
 

@@ -1,4 +1,4 @@
-"""One adapter: two projections, what stands between them, and how it is applied at a site."""
+"""One adapter: two projections, the activation between them, and how it is applied at a site."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AdapterPair:
     """One adapter: ``x -> up act(norm(down x + down_bias)) + up_bias``.
 
     Shapes: ``down [b, d_in]``, ``up [d_out, b]``, ``down_bias [b]``, ``up_bias [d_out]``. With a leading batch
-    dimension on every field, one adapter for each example of a batch.
+    dimension on every field, it holds one adapter per example of a batch.
     """
 
     down: Tensor
@@ -40,8 +40,8 @@ class AdapterPair:
 def adapt(x: Tensor, pair: AdapterPair, *, activation: str, layer_norm: bool, dropout: float = 0.0) -> Tensor:
     """Apply an adapter: ``up drop(act(norm(down x + down_bias))) + up_bias``.
 
-    ``norm`` is a LayerNorm of width b without weights when ``layer_norm`` is true, else nothing; ``drop`` zeroes inputs
-    of the up-projection with probability ``dropout``.
+    ``norm`` is a LayerNorm of width b without weights if ``layer_norm`` is true, else the identity; ``drop`` zeroes
+    inputs of the up-projection with probability ``dropout``.
 
     Shapes: ``[..., d_in] -> [..., d_out]``; with a pair for each example ``[B, ..., d_in] -> [B, ..., d_out]``, or with
     R pairs for R runs of B / R examples each (the beams of a prompt).
@@ -75,7 +75,7 @@ class AdapterForm:
 
     Attributes:
         activation: name in :data:`peft_xmask.core.adapter.ACTIVATIONS`.
-        layer_norm: whether a LayerNorm stands before the activation.
+        layer_norm: whether a LayerNorm precedes the activation.
         insertion_form: ``"sequential"`` or ``"parallel"``.
     """
 
@@ -85,5 +85,5 @@ class AdapterForm:
 
     @property
     def linear(self) -> bool:
-        """Whether the adapter is a linear map, and so can be merged."""
+        """Whether the adapter is a linear map, and can therefore be merged."""
         return self.activation == "identity" and not self.layer_norm

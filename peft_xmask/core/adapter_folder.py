@@ -1,4 +1,4 @@
-"""The folder of a saved adapter: its files, and how many bytes each part takes."""
+"""The folder of a saved adapter: its files, and the bytes of each part."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ProfileSize:
 
     Attributes:
         payload_bytes: tensors of the method itself: for X-PEFT the masks and gains, without a bank's names.
-        head_bytes: tensors of modules that are trained and saved whole, such as a classification head.
+        head_bytes: tensors of ``modules_to_save``, such as a classification head.
         file_bytes: the tensor file: payload, head and its header.
         folder_bytes: all files of the folder (config and model card too).
         pool_bytes: stored tensors of the shared pool; 0 for a random pool (it is a seed) and for methods without one.
@@ -43,7 +43,7 @@ class ProfileSize:
 
 
 def is_head_key(key: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether a key of an adapter file belongs to a module that is saved whole."""
+    """Whether a key of an adapter file belongs to one of ``modules_to_save``."""
     return any(f".{module}." in f".{key}" for module in modules_to_save)
 
 
@@ -64,11 +64,11 @@ def folder_size(folder: Path, pool_bytes: int = 0) -> ProfileSize:
     """Measure an adapter folder.
 
     Args:
-        folder: of the adapter.
-        pool_bytes: stored tensors of the adapter's pool, to be noted beside what the folder holds.
+        folder: the adapter's folder.
+        pool_bytes: bytes of the stored tensors of the adapter's pool, for the result.
 
     Raises:
-        FileFormatError: not the folder of an adapter.
+        FileFormatError: the folder does not hold an adapter.
     """
     config = read_adapter_config(folder)
     tensors, _ = read_tensors(folder / ADAPTER_FILE)

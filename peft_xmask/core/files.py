@@ -1,4 +1,4 @@
-"""Writing files so that an interrupted write leaves the old one whole, and reading tensors without trusting them."""
+"""Write files so that an interrupted write leaves the old file intact, and read tensors without trusting them."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 def write_folder(folder: Path, last: Sequence[str] = ()) -> Iterator[Path]:
     """A temporary folder to write into; its files are moved into ``folder`` when the block ends without an error.
 
-    Nothing in ``folder`` changes before that. Then each file is renamed into its place, so that a reader finds the old
-    file or the new one, whole. Files of ``folder`` that were not written stay. What killed writers left is removed.
+    Nothing in ``folder`` changes before that. Then each file is renamed into place, so a reader finds the old file or
+    the new one, always complete. Other files in ``folder`` stay. Leftovers of killed writers are removed.
 
     Args:
-        folder: made if it does not exist.
+        folder: created if it does not exist.
         last: names of files that are moved after all others, in this order.
     """
     made = not folder.exists()
@@ -84,7 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file atomically. Tensors are made contiguous; the format marker ``pt`` is always set.
 
     Raises:
-        OSError: it cannot be written, as on a full disk.
+        OSError: the file cannot be written, for example because the disk is full.
     """
     ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     notes = {"format": "pt", **(metadata or {})}
@@ -125,7 +125,7 @@ def dtype_from_name(name: str) -> torch.dtype:
 def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     try:
         save_file(tensors, str(path), metadata=metadata)
-    except safetensors.SafetensorError as error:  # it says in words only what the system said
+    except safetensors.SafetensorError as error:  # its text only repeats the system's
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
             raise
@@ -138,7 +138,7 @@ def _write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _working_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A new hidden folder, removed at the end. It is locked while its writer lives, so leftovers can be told apart."""
+    """A new hidden folder, removed at the end. Its writer keeps it locked, so leftovers can be recognised."""
     _remove_leftovers(parent, name)
     folder, lock = _locked_folder(parent, name)
     try:
@@ -157,13 +157,13 @@ def _locked_folder(parent: Path, name: str) -> tuple[Path, int | None]:
         with suppress(FileNotFoundError):
             lock = os.open(folder, os.O_RDONLY)
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if folder.exists():  # else another writer took it for a leftover before it was locked
+            if folder.exists():  # otherwise another writer removed it as a leftover before it was locked
                 return folder, lock
             os.close(lock)
 
 
 def _remove_leftovers(parent: Path, name: str) -> None:
-    """Remove the working folders of killed writers: those that nobody has locked."""
+    """Remove the working folders of killed writers, which nobody has locked."""
     if fcntl is None:
         return
     for leftover in parent.glob(f".{glob.escape(name)}.*{_SUFFIX}"):
@@ -203,10 +203,10 @@ STORAGE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def require_storage_dtype(dtype: object) -> torch.dtype:
-    """Refuse a dtype that pools are not stored in.
+    """Check that pools can be stored in a dtype.
 
     Raises:
-        ConfigError: not float32, bfloat16 or float16.
+        ConfigError: the dtype is not float32, bfloat16 or float16.
     """
     if not isinstance(dtype, torch.dtype) or dtype not in STORAGE_DTYPES:
         raise ConfigError(f"dtype={dtype!r} is invalid: expected torch.float32, torch.bfloat16 or torch.float16.")

@@ -1,9 +1,9 @@
-"""Fingerprints: what a file belongs to.
+"""Fingerprints identify the base or pool that a file belongs to.
 
-A fingerprint is made of *sign bits*. A cast between float32, bfloat16 and float16 never changes the sign bit of a
+A fingerprint is a digest of *sign bits*. A cast between float32, bfloat16 and float16 never changes the sign bit of a
 finite number (an underflow gives a signed zero), so a base or pool loaded in another dtype keeps its fingerprint. Other
-weights almost surely do not: each of the thousands of sampled signs would have to agree. What it cannot see: a change
-that flips no sampled sign, such as multiplying a matrix by two or editing a handful of weights.
+weights almost surely do not, because all of the thousands of sampled signs would have to agree. A fingerprint cannot
+detect a change that flips no sampled sign, such as multiplying a matrix by two or editing a handful of weights.
 """
 
 from __future__ import annotations

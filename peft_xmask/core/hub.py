@@ -1,4 +1,4 @@
-"""Finding an adapter's or a pool's files, on disk or on the Hub, and reading them without trusting them."""
+"""Find an adapter's or a pool's files, on disk or on the Hub, and read them without trusting them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 @dataclass(frozen=True)
 class HubOptions:
-    """How to reach the Hub: the arguments of the same names of ``huggingface_hub``."""
+    """How to reach the Hub: ``huggingface_hub``'s arguments of the same names."""
 
     revision: str | None = None
     token: str | bool | None = None
@@ -40,7 +40,7 @@ class HubOptions:
 
 @dataclass(frozen=True)
 class HubPath:
-    """A place on the Hub. Its name, ``owner/name[@revision][/subfolder]``, says all of it, as paths of ``hf://`` do.
+    """A place on the Hub. Its name, ``owner/name[@revision][/subfolder]``, identifies it, as in ``hf://`` paths.
 
     Attributes:
         repo_id: ``owner/name``.
@@ -54,10 +54,10 @@ class HubPath:
 
     @classmethod
     def parse(cls, name: str, revision: str | None = None, subfolder: str | None = None) -> HubPath:
-        """Read a name; what it leaves open comes from the other two arguments.
+        """Parse a name; the other two arguments fill in what it leaves out.
 
         Raises:
-            ConfigError: the name has a revision, and it is not the one that is given.
+            ConfigError: the name has a revision that differs from ``revision``.
         """
         owner, _, rest = name.partition("/")
         repository, _, inside = rest.partition("/")
@@ -78,10 +78,10 @@ class HubPath:
 
 @dataclass(frozen=True)
 class Folder:
-    """A local folder, and the name under which others may know it (no path of this machine).
+    """A local folder, and a name for it that is free of local paths.
 
     Attributes:
-        path: where it lies.
+        path: the folder's path.
         name: :attr:`HubPath.name`, or the folder's own name.
     """
 
@@ -114,7 +114,7 @@ class Folder:
 
         Args:
             filename: of the safetensors file.
-            pickles: names under which the same weights are also saved as pickles, which are never read.
+            pickles: names of pickle files with the same weights, which are never read.
 
         Raises:
             FileFormatError: no such file, or not a readable one.
@@ -134,12 +134,12 @@ def find_folder(
 
     Args:
         where: folder, Hub id or name of a :class:`HubPath`.
-        filenames: to download, those of them that are there.
+        filenames: files to download, if they exist.
         hub: how to reach the Hub.
         subfolder: of the folder or repository.
 
     Raises:
-        ConfigError: neither a folder nor a repository that can be reached.
+        ConfigError: there is no such folder, and no such repository can be reached.
     """
     if Path(where).is_dir():
         path = Path(where) / (subfolder or "")
@@ -173,15 +173,15 @@ def upload(
     revision: str | None,
     commit_message: str,
 ) -> tuple[str, str]:
-    """Create a Hub repository if need be and upload a folder in one commit; its address, and the place's name.
+    """Create a Hub repository if needed and upload a folder in one commit; return its address and name.
 
     Args:
         write: fills the folder.
-        what: is uploaded, for errors.
+        what: what is uploaded, for error messages.
         filenames: names or patterns of files that go from the repository where the folder has none of them.
 
     Raises:
-        ConfigError: the token may not write there, or there is none.
+        ConfigError: there is no token, or it may not write to the repository.
     """
     api = HfApi(token=token)
     try:
@@ -223,12 +223,12 @@ def hub_reason(error: Exception, place: HubPath) -> str:
 
 
 def refuse_fields(source: str, config: Mapping[str, Any], refused: Mapping[str, tuple[Sequence[Any], str]]) -> None:
-    """Refuse config fields whose value is none of those that can be represented.
+    """Reject config fields with values that cannot be represented.
 
     Args:
-        source: the adapter, for errors.
+        source: the adapter's name, for error messages.
         config: its fields.
-        refused: by field name, the values that are fine (a missing field is too) and why others are not.
+        refused: by field name, the accepted values (a missing field is accepted too) and why others are not.
 
     Raises:
         ConfigError: names every such field, its value and the reason.
@@ -243,13 +243,13 @@ def refuse_fields(source: str, config: Mapping[str, Any], refused: Mapping[str, 
 
 
 def hub_id(name: str | None) -> str | None:
-    """``name``, if it can be that of a place on the Hub and is no folder here."""
+    """``name`` if it is a valid name on the Hub and not a local folder."""
     fits = name and not Path(name).exists() and _REPO_ID.fullmatch(HubPath.parse(name).repo_id)
     return name if fits else None
 
 
 def shown_name(name: str | None) -> str:
-    """A name for others: no path of this machine."""
+    """A name without local paths, for others to see."""
     if not name:
         return "not named"
     return f"`{name}`" if hub_id(name) else f"`{Path(name).name}`, a folder where this was made"

@@ -56,10 +56,10 @@ def lora_tensors(changes: Mapping[str, LinearChange], rank: int | None = None) -
 
     Args:
         changes: by module name.
-        rank: of the LoRA; None: that of the changes. Rows and columns of zeros fill up a larger one.
+        rank: rank of the LoRA; None: the rank of the changes. A larger rank is padded with zeros.
 
     Raises:
-        ConfigError: ``rank`` is smaller than that of the changes.
+        ConfigError: ``rank`` is smaller than the rank of the changes.
     """
     has_bias = any(change.constant is not None for change in changes.values())
     tensors: dict[str, Tensor] = {}

@@ -1,8 +1,8 @@
-"""Masks as bytes: what a profile file holds.
+"""Masks as bytes, as they are stored in a profile file.
 
 Layout. A hard mask over N adapters is ceil(N / 8) bytes; adapter i is bit ``i % 8`` (least significant first) of byte
 ``i // 8``; the unused high bits of the last byte are zero. A half-precision number is its two IEEE 754 bytes, low byte
-first. Everything shipped is uint8, so that no cast of a model to another dtype can change it.
+first. Everything stored is uint8, so casting a model to another dtype cannot change it.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ def unpack_bits(bits: Tensor, num_adapters: int) -> Tensor:
 
 
 def check_bits(bits: Tensor, num_adapters: int, top_k: int) -> None:
-    """Refuse bytes that are not masks of exactly ``top_k`` of ``num_adapters``.
+    """Check that every mask selects exactly ``top_k`` of ``num_adapters``.
 
     Args:
         bits: uint8, shape ``[..., ceil(N / 8)]``.
 
     Raises:
-        MaskFormatError: another dtype or width, a padding bit that is set, or a row with another number of ones.
+        MaskFormatError: wrong dtype or width, a padding bit that is set, or a row with another number of ones.
     """
     width = packed_size(num_adapters)
     if bits.dtype != torch.uint8 or bits.shape[-1] != width:
@@ -83,7 +83,7 @@ def check_bits(bits: Tensor, num_adapters: int, top_k: int) -> None:
 
 
 def pack_halves(values: Tensor) -> Tensor:
-    """Round to IEEE half precision and give its bytes.
+    """Round to IEEE half precision and return the bytes.
 
     Args:
         values: floating point, shape ``[..., M]``.

@@ -1,4 +1,4 @@
-"""Sites: modules of the base model that carry an adapter, and how sites of two models are paired."""
+"""Sites are the modules of a base model that carry an adapter. This module also pairs the sites of two models."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from ..errors import PoolMismatchError
 
 TOWERS = ("encoder", "decoder", "text", "language", "vision", "audio")
-"""Parts of a root's name that say which of a model's towers is below it."""
+"""Parts of a root's name that identify one of a model's towers."""
 
 
 @dataclass(frozen=True)
 class Site:
-    """What an adapter has to fit.
+    """A module that carries an adapter, with the widths that the adapter has to fit.
 
     Attributes:
         name: dotted name of the adapted module in the base model.
@@ -35,12 +35,12 @@ def same_site(name: str, other: str) -> bool:
 
 
 def partners(names: Sequence[str], present: Sequence[str]) -> list[list[str]]:
-    """For each of ``names``, those of ``present`` that mean the same module.
+    """For each of ``names``, the entries of ``present`` that mean the same module.
 
-    If none does, ``present`` may hang on a root of another name: ``bert.encoder.layer.0.output.dense`` then is
-    ``backbone.encoder.layer.0.output.dense``. A root that tells one tower of a model from another is no such root: an
-    encoder is not taken for a decoder, nor ``text_model`` for ``vision_model``. Nor is what a root leaves if that is
-    one word, which would be found anywhere.
+    If there is none, the root may have another name: ``bert.encoder.layer.0.output.dense`` then matches
+    ``backbone.encoder.layer.0.output.dense``. A root that names one tower of a model does not match another: an encoder
+    never matches a decoder, nor ``text_model`` ``vision_model``. A single word below the root never matches either,
+    because it could occur anywhere.
     """
     known = dict.fromkeys(present)
     found = [_partners_of(name, known) for name in names]
@@ -56,10 +56,10 @@ def _partners_of(name: str, present: Mapping[str, object]) -> list[str]:
 
 
 def match_names(names: Sequence[str], present: Sequence[str]) -> list[str]:
-    """For each of ``names``, the one of ``present`` that means the same module, whatever the root is called.
+    """For each of ``names``, the entry of ``present`` that means the same module, whatever the root is called.
 
     Raises:
-        PoolMismatchError: another number of names, a name without a partner, or one that could have several.
+        PoolMismatchError: the numbers of names differ, or a name has no match or several.
     """
     matches = partners(names, present)
     missing = [name for name, found in zip(names, matches, strict=True) if not found]

@@ -169,7 +169,7 @@ class AdapterPool:
             The address of the commit.
 
         Raises:
-            ConfigError: the token may not write there, or there is none.
+            ConfigError: there is no token, or it may not write to the repository.
         """
         address, self._name_or_path = storage.upload_pool(
             self._adapters, repo_id, private=private, token=token, revision=revision, commit_message=commit_message

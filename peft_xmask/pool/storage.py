@@ -266,7 +266,7 @@ def upload_pool(
     """Create a Hub repository if need be and upload a pool; the address of the commit, and the pool's name there.
 
     Raises:
-        ConfigError: the token may not write there, or there is none.
+        ConfigError: there is no token, or it may not write to the repository.
     """
     return upload(
         lambda folder: write_pool(folder, adapters),

@@ -36,7 +36,7 @@ def why_not_called(parent: nn.Module, child: str) -> str | None:
 
 
 def refuse_uncalled(model: nn.Module, names: list[str]) -> None:
-    """Refuse targets that their parents do not call.
+    """Reject targets that their parents do not call.
 
     Raises:
         TargetError: names the first one, and why it is not called.

@@ -1,4 +1,4 @@
-"""The guest room: the one file that touches PEFT's private names.
+"""The only file that uses PEFT's private names.
 
 PEFT has no plugin discovery, so importing :mod:`peft_xmask` adds its types to PEFT's enum and tables. Everything of
 PEFT that is not documented API is imported from here, and a test checks that each name still exists.
@@ -59,17 +59,17 @@ def current_graph_task() -> int:
 
 
 def quantisation_backend(module: Any) -> Any:
-    """What reads the quantised weight of a module; None if it is not quantised."""
+    """PEFT's backend that reads a module's quantised weight; None if the module is not quantised."""
     return resolve_quantization_backend(module, get_apply_tensor_subclass=_cannot_quantise)
 
 
 def _cannot_quantise() -> Any:
-    """In the place of what torchao would need to write a weight, which nobody here does."""
+    """Stands in for the function with which torchao would write a weight; we only read."""
     raise TypeError("Weights are only read.")
 
 
 def add_member(enum: Any, name: str) -> Any:
-    """Add ``name`` to a string enum as a member whose value is its name; return the member that is there already.
+    """Add ``name`` to a string enum as a member whose value is its name; return an existing one.
 
     Works on Python 3.10 to 3.13: builds the member by hand and enters it into the enum's tables.
     """
@@ -92,14 +92,14 @@ def peft_type(name: str) -> Any:
 
 
 def register(name: str, config_cls: type, model_cls: type) -> bool:
-    """Make a method known to PEFT. Doing it twice is harmless.
+    """Register a method with PEFT. Calling this twice is harmless.
 
     Args:
         name: lower-case name; the prefix of its state is ``name_``.
 
     Returns:
-        Whether PEFT now uses our classes. False when another package, or PEFT itself, already has a method of that
-        name: it is left alone, and a warning says so.
+        Whether PEFT now uses our classes. False, with a warning, if PEFT or another package already has a method of
+        that name.
     """
     member = peft_type(name.upper())
     present = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
@@ -118,10 +118,10 @@ def register(name: str, config_cls: type, model_cls: type) -> bool:
 
 
 def accept_rows() -> None:
-    """Let causal language models take ``adapter_names`` as a tensor of rows. Doing it twice is harmless.
+    """Let causal language models accept ``adapter_names`` as a tensor of rows. Calling this twice is harmless.
 
-    Before each pass of such a model PEFT asks, for its activated LoRAs, whether ``adapter_names`` is empty, which a
-    tensor of several rows does not answer. Rows are of no activated LoRA.
+    Before each pass of such a model, PEFT tests whether ``adapter_names`` is empty, which raises an error for a tensor
+    of several rows. Rows never refer to an activated LoRA, so the test is skipped for them.
     """
     asks = getattr(variants, "is_alora_relevant_in_batch", None)
     if asks is None or hasattr(asks, "accepts_rows"):

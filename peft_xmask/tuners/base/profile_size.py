@@ -1,4 +1,4 @@
-"""How many bytes a profile takes."""
+"""Measure the bytes of an adapter."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def profile_size(source: nn.Module | str | Path, adapter_name: str = "default") 
         adapter_name: which adapter of a model.
 
     Raises:
-        FileFormatError: the folder is not that of an adapter.
+        FileFormatError: the folder does not hold an adapter.
         ConfigError: the model has no adapter of that name.
     """
     if not isinstance(source, nn.Module):

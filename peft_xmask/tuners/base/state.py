@@ -1,4 +1,4 @@
-"""State as PEFT, trl and FSDP look for it: tensors in modules, and a table at the root of a base model."""
+"""State where PEFT, trl and FSDP look for it: tensors in modules, in a table at the root of a base model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TrainableTensor(nn.Module):
 
 
 class PackedTensor(nn.Module):
-    """Bytes: a buffer, which no optimizer moves and no cast changes."""
+    """Bytes in a buffer, which no optimizer updates and no cast changes."""
 
     weight: Tensor
 
@@ -49,7 +49,7 @@ def lazy_zeros(*shape: int, dtype: torch.dtype = torch.float32, device: torch.de
 
 
 class RootTable(nn.Module, BaseTunerLayer):
-    """State of the adapters of one model in one place. It wraps no module, and answers what PEFT asks of a layer."""
+    """The state of one model's adapters. It wraps no module but implements what PEFT expects of a layer."""
 
     in_features = out_features = None
 
@@ -81,20 +81,20 @@ class RootTable(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to follow: layers move what they need to where they are."""
+        """Do nothing: layers move what they need to their own device."""
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is sharded over processes (a ``DTensor``); any other as it is.
+    """The full tensor if it is sharded over processes (a ``DTensor``); any other tensor unchanged.
 
-    Every process has to call it, since a shard's owner sends it.
+    Every process has to call this, because each sends its shard.
     """
     whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return whole
 
 
 def sharded_as(like: Tensor, whole: Tensor) -> Tensor:
-    """The inverse of :func:`gathered`: a whole tensor, cut as another one is."""
+    """The inverse of :func:`gathered`: shard a full tensor like another one."""
     if not hasattr(like, "full_tensor"):
         return whole
     from torch.distributed.tensor import distribute_tensor

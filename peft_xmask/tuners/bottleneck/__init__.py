@@ -1,4 +1,4 @@
-"""The classic bottleneck adapter: to grow pools from, and as a baseline."""
+"""The classic bottleneck adapter, for building pools and as a baseline."""
 
 from .config import BottleneckConfig
 from .layer import BottleneckLayer

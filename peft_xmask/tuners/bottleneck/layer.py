@@ -52,7 +52,7 @@ class BottleneckLayer(SiteLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def form(self, adapter_name: str) -> AdapterForm | None:
-        """How the adapter is applied here; None if it is not at this site."""
+        """How the adapter is applied here; None if the adapter is not at this site."""
         config = self._configs.get(adapter_name)
         return config.form if config is not None and adapter_name in self.bottleneck_adapter_down else None
 
@@ -70,6 +70,6 @@ class BottleneckLayer(SiteLayer):
         return module.p if module.training else 0.0
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter."""
         super().delete_adapter(adapter_name)
         self._configs.pop(adapter_name, None)

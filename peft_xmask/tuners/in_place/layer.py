@@ -315,7 +315,7 @@ class InPlaceLayer(TargetLayer):
             self.sync(())
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter."""
         if adapter_name in self.merged_adapters:
             self.unmerge()
         if any(name == adapter_name for name, _ in self._state.served):

@@ -144,7 +144,7 @@ class DeltaTable(RootTable):
         return self._adapters[adapter_name].version(check_finite=not self.training)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter."""
         super().delete_adapter(adapter_name)
         self._adapters.pop(adapter_name, None)
 

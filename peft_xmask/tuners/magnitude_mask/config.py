@@ -45,7 +45,7 @@ class MagnitudeMaskConfig(TargetConfig):
     The other fields are those of :class:`peft_xmask.tuners.base.config.TargetConfig`.
 
     Raises:
-        ConfigError: a value that is not one of those above.
+        ConfigError: a field has an invalid value.
 
     Source: PaFi (Liao, Meng & Monz, arXiv 2305.16742).
     """

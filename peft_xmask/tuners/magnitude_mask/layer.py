@@ -38,7 +38,7 @@ class ValueTable(DeltaTable, MagnitudeMaskModule):
         self.joint_switch.forget_plans()
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter."""
         super().delete_adapter(adapter_name)
         self.joint_switch.forget_plans()
 

@@ -1,4 +1,4 @@
-"""A base module with adapters beside or behind it.
+"""A base module with adapters beside or after it.
 
 ```
 sequential:   y = module(x);  y + up act(down y)        parallel:   module(x) + up act(down x)
@@ -61,7 +61,7 @@ class SiteLayer(TargetLayer):
 
     @abstractmethod
     def form(self, adapter_name: str) -> AdapterForm | None:
-        """How the adapter is applied here; None if it is not at this site."""
+        """How the adapter is applied here; None if the adapter is not at this site."""
 
     @abstractmethod
     def pair(self, adapter_name: str) -> AdapterPair:
@@ -117,7 +117,7 @@ class SiteLayer(TargetLayer):
         return out
 
     def why_not_linear(self, adapter_name: str) -> str | None:
-        """Why the adapter is not a linear map of the module's input, or None if it is one."""
+        """Why the adapter is not a linear map of the module's input, or None if it is."""
         form = self.form(adapter_name)
         if form is None or form.linear:
             return None
@@ -156,14 +156,14 @@ class SiteLayer(TargetLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add linear adapters to the module's weight: ``W + up down`` (parallel) or ``W + up down W`` (sequential).
 
-        The weight from before is kept until :meth:`unmerge`, which puts it back bit for bit.
+        The old weight is kept until :meth:`unmerge`, which restores it bit for bit.
 
         Args:
-            safe_merge: refuse, before anything is changed, a result that is not finite.
+            safe_merge: raise an error, before anything is changed, if the result is not finite.
 
         Raises:
-            MergeError: an adapter that is not linear, a quantised base, a bias with no place to go, or, with
-                ``safe_merge``, a result that is not finite.
+            MergeError: the adapter is not linear, the base is quantised, a bias has nowhere to go, or, with
+                ``safe_merge``, the result is not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.form(name) is not None]
         if not names:
@@ -184,7 +184,7 @@ class SiteLayer(TargetLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Put the weight from before the merge back, bit for bit."""
+        """Restore the weight from before the merge, bit for bit."""
         if self._before_merge is not None:
             self._put_back(*self._before_merge)
         self._before_merge = None

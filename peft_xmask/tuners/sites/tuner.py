@@ -33,11 +33,11 @@ class SiteTuner(TargetTuner):
         return self._prepare_sites(config, model, sites)
 
     def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, Any]:
-        """Check everything, and say what each site gets, by its name. Raises before anything is changed."""
+        """Check everything and prepare each site's part, by name. Raises before anything is changed."""
         raise NotImplementedError
 
     def _check_merge_allowed(self) -> None:
-        """Refuse a merge that could not be exact, before any weight is touched."""
+        """Reject a merge that would not be exact, before any weight is changed."""
         super()._check_merge_allowed()
         for name, module in self.model.named_modules():
             if isinstance(module, SiteLayer) and (reason := module.why_not_mergeable(self.active_adapters)):

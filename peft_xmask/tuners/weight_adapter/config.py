@@ -43,7 +43,7 @@ class WeightAdapterConfig(TargetConfig):
     The other fields are those of :class:`peft_xmask.tuners.base.config.TargetConfig`.
 
     Raises:
-        ConfigError: a value that is not one of those above.
+        ConfigError: a field has an invalid value.
 
     Source: HiWi (Liao, Meng & Monz, arXiv 2305.16742); ``c`` and the starting values are ours.
     """

@@ -232,7 +232,7 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
             self._merging = False
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter."""
         super().delete_adapter(adapter_name)
         self._versions.pop(adapter_name, None)
         self._kept = {key: each for key, each in self._kept.items() if key[0] != adapter_name}

@@ -72,7 +72,7 @@ class XPEFTConfig(SiteConfig):
     "Defaults" what decided each default.
 
     Raises:
-        ConfigError: a value that is not one of those above.
+        ConfigError: a field has an invalid value.
 
     Source: X-PEFT (arXiv 2401.16137); the gain, the weightings and logit_scale are ours.
     """

@@ -53,7 +53,7 @@ class XPEFTLayer(SiteLayer, XPEFTModule):
         self.set_adapter(self.active_adapters)
 
     def form(self, adapter_name: str) -> AdapterForm | None:
-        """How the adapter is applied here; None if it is not at this site."""
+        """How the adapter is applied here; None if the adapter is not at this site."""
         return self.xpeft_sites[adapter_name].form if adapter_name in self.xpeft_sites else None
 
     def pair(self, adapter_name: str) -> AdapterPair:

@@ -143,7 +143,7 @@ class MaskTable(RootTable, XPEFTModule):
                 tensor.register_hook(begin_backward)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter."""
         super().delete_adapter(adapter_name)
         self.adapters.pop(adapter_name, None)
 
