@@ -1,4 +1,4 @@
-"""What our tuners share: finding targets, checking the base, putting layers in, leaving the model alone on errors."""
+"""What our tuners share: find targets, check the base, insert layers, and leave the model intact on errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TargetTuner(BaseTuner):
         """Resolve ``target_modules=None``.
 
         Raises:
-            TargetError: the architecture has no default.
+            TargetError: the architecture has no default targets.
         """
         if peft_config.target_modules is None:
             peft_config.target_modules = self._default_targets(str(model_config.get("model_type")))
@@ -88,10 +88,10 @@ class TargetTuner(BaseTuner):
         )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model, or leave the model as it was. The user's config is copied, never changed.
+        """Add an adapter, or leave the model unchanged on an error. The config is copied, never modified.
 
         Raises:
-            ConfigError: an adapter of this name exists, or a ``state_dict`` should choose the targets.
+            ConfigError: an adapter of this name exists, or ``state_dict`` was passed to choose the targets.
             ConfigError: the adapter's head pools otherwise than the model, or has its labels in another order.
             TargetError, BaseMismatchError: see :meth:`_prepare_model`.
         """
@@ -124,11 +124,11 @@ class TargetTuner(BaseTuner):
             peft_config.target_modules = worth_adapting(model, peft_config.target_modules)
         found = self._find_targets(peft_config, model)
         refuse_uncalled(model, [name for name, _ in found])
-        if found:  # PEFT has its own words for targets that match nothing
+        if found:  # PEFT raises its own error for targets that match nothing
             self._injection.parts = self._prepare_targets(peft_config, model, found)
 
     def _find_targets(self, config: TargetConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """Names of the targeted modules and the base modules there, in the model's order."""
+        """The targeted base modules by name, in the model's order."""
         inside: tuple[str, ...] = ()
         found = []
         for name, module in model.named_modules():
@@ -155,7 +155,7 @@ class TargetTuner(BaseTuner):
         config.base_fingerprint = found or expected
 
     def _prepare_targets(self, config: Any, model: nn.Module, found: list[tuple[str, nn.Module]]) -> dict[str, Any]:
-        """Check everything, and say what each target gets, by its name. Raises before anything is changed."""
+        """Check everything and prepare each target's part, by name. Raises before anything is changed."""
         raise NotImplementedError
 
     def _add_to_layer(self, layer: Any, config: Any, adapter_name: str, part: Any) -> None:
@@ -196,11 +196,11 @@ class TargetTuner(BaseTuner):
             layer.slow_path.take(not layer.disable_adapters)
 
     def _new_layer(self, target: nn.Module) -> Any:
-        """What is put in a module's place."""
+        """The layer that replaces a module."""
         return self.layer_cls(target)
 
     def unload(self) -> nn.Module:
-        """The base model alone, bit for bit. What was merged is taken out first; ``merge_and_unload`` keeps it."""
+        """The base model alone, bit for bit. Merged adapters are unmerged first; ``merge_and_unload`` keeps them."""
         self.unmerge_adapter()
         model: nn.Module = super().unload()
         return model
@@ -236,7 +236,7 @@ class TargetTuner(BaseTuner):
         return names
 
     def _refuse_merged(self) -> None:
-        """A merged adapter serves whole batches: one row of a batch cannot do without it."""
+        """Reject ``adapter_names`` while an adapter is merged, because a merged adapter applies to every row."""
         if any(module.merged for module in self.model.modules() if isinstance(module, BaseTunerLayer)):
             raise ConfigError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."

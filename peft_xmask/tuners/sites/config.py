@@ -16,7 +16,7 @@ class SiteConfig(TargetConfig):
     Args:
         activation: between down- and up-projection: one of ``peft_xmask.core.adapter.ACTIVATIONS``. With ``"identity"``
             (and no ``layer_norm``) the adapter is linear and can be merged. None: ``"relu"``, or what a pool needs.
-        layer_norm: whether a LayerNorm of the bottleneck's width, without weights, stands before the activation. None:
+        layer_norm: whether a LayerNorm of the bottleneck's width, without weights, precedes the activation. None:
             False, or what a pool needs.
         insertion_form: ``"sequential"`` (reads the module's output) or ``"parallel"`` (reads its input). None:
             ``"sequential"``, or what a pool needs.
@@ -27,7 +27,7 @@ class SiteConfig(TargetConfig):
     The other fields are those of :class:`TargetConfig`.
 
     Raises:
-        ConfigError: a value that is not one of those above.
+        ConfigError: a field has an invalid value.
     """
 
     activation: str | None = field(default=None, metadata={"help": "Activation between down- and up-projection."})
