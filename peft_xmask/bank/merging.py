@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConfigError
@@ -19,7 +21,7 @@ PREFERENCES = ("first", "last")
 
 
 def without_twins(banks: Sequence[BankRows], prefer: str | None) -> list[BankRows]:
-    """Banks in which each name comes once.
+    """Banks in which each name comes once. Names are compared by their hashes, eight bytes each.
 
     Args:
         prefer: whose profile is kept where several banks have one of a name: ``"first"`` or ``"last"``.
@@ -29,25 +31,34 @@ def without_twins(banks: Sequence[BankRows], prefer: str | None) -> list[BankRow
     """
     if prefer is not None:
         require_choice("prefer", prefer, PREFERENCES)
-    order = list(enumerate(banks))
+    indexes = [bank.name_index() for bank in banks]
+    hashes, counts = np.unique(
+        np.concatenate([index.tensors["hashes"].numpy() for index in indexes]), return_counts=True
+    )
+    common = hashes[counts > 1]
+    order = list(range(len(banks)))
     seen: dict[str, int] = {}
-    kept = dict(order)
-    for number, bank in reversed(order) if prefer == "last" else order:
-        twins = [name for name in bank if seen.setdefault(name, number) != number]
+    kept = dict(enumerate(banks))
+    for number in reversed(order) if prefer == "last" else order:
+        twins = [name for name in _names(indexes[number], common) if seen.setdefault(name, number) != number]
         if twins and prefer is None:
             more = f" (and {len(twins) - 1:,} more)" if len(twins) > 1 else ""
-            places = f"{_called(banks, seen[twins[0]])} and {_called(banks, number)}"
+            places = " and ".join(
+                banks[each].place or f"bank {each + 1} of {len(banks)}" for each in (seen[twins[0]], number)
+            )
             raise ConfigError(
                 f"The profile {twins[0]!r}{more} is in both {places}. "
                 "Rename or remove one, or say whose is kept: prefer='first' or 'last' (--prefer)."
             )
         if twins:
-            kept[number] = bank.without(twins)
-    return [kept[number] for number, _ in order]
+            kept[number] = banks[number].without(twins)
+    return list(kept.values())
 
 
-def _called(banks: Sequence[BankRows], number: int) -> str:
-    return banks[number].place or f"bank {number + 1} of {len(banks)}"
+def _names(index: NameIndex, hashes: NDArray[np.int64]) -> list[str]:
+    """Names with one of these hashes, in the order of their rows."""
+    chosen = np.isin(index.tensors["hashes"].numpy(), hashes)
+    return [index.name(row) for row in sorted(index.tensors["rows"].numpy()[chosen].tolist())]
 
 
 def write_merged(banks: Sequence[BankRows], folder: Path) -> None:
