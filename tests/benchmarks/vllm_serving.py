@@ -144,6 +144,7 @@ def main():
             ratios = throughput(api, base, names[158:], options.rounds, 100)
             least, middle, most = min(ratios), statistics.median(ratios), max(ratios)
             facts["sixteen_over_one"] = {"median": round(middle, 3), "range": [round(least, 3), round(most, 3)]}
+        print(json.dumps(facts), file=sys.stderr)
         facts.update(resolve_and_load(base, banks["all"], 100))
     table = Table(title=f"vLLM on {facts['cpus']} CPUs, a bank of {len(bank):,}")
     for column in ("figure", "value"):

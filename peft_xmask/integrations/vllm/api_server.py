@@ -64,7 +64,7 @@ class Watcher:
         answered keep the old one. A profile that is gone is forgotten.
         """
         try:
-            version = await asyncio.to_thread(self._version)
+            version = await asyncio.to_thread(self._source.version)
             names = self._served.outdated(version)
             found = await asyncio.to_thread(lambda: {name: self._source.find(name) for name in names})
         except (PeftXMaskError, OSError) as error:
@@ -83,10 +83,6 @@ class Watcher:
                 self._served.update_profile(name, request, profile.version)
         if found:
             LOG.info("The bank was replaced: %d served profiles looked up again.", len(found))
-
-    def _version(self) -> int:
-        self._source.bank()
-        return self._source.version
 
     async def _watch(self) -> None:
         while True:

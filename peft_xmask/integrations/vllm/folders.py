@@ -48,7 +48,7 @@ class FolderStore:
     def _write(self, path: str, folder: Path) -> None:
         with self._lock:
             if self._baker is None:
-                self._baker = LoraBaker(self._source.bank(), self._settings.base, check_base=self._settings.check_base)
+                self._baker = LoraBaker(self._source.kind(), self._settings.base, check_base=self._settings.check_base)
             baker = self._baker
         lora = baker.bake(profile_at(path, baker.spec, self._source.digest))
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

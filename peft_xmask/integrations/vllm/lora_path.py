@@ -14,7 +14,6 @@ import math
 import torch
 
 from ...bank.profile import Profile
-from ...bank.rows import BankRows
 from ...core.fingerprint import digest_of_facts
 from ...errors import FileFormatError, MaskFormatError, PoolMismatchError
 from ...tuners.xpeft import XPEFTConfig
@@ -41,18 +40,17 @@ def settings_digest(config: XPEFTConfig, spec: MaskSpec) -> str:
     )
 
 
-def path_of(bank: BankRows, name: str) -> str:
+def path_of(profile: Profile, digest: str) -> str:
     """The path of a profile.
 
-    Raises:
-        KeyError: no such profile.
-        MaskFormatError: its bytes are damaged.
+    Args:
+        profile: with masks that were checked.
+        digest: :func:`settings_digest` of its bank.
     """
-    profile = bank[name]
     data = profile.bits.numpy().tobytes()
     if profile.gain_bits is not None:
         data += profile.gain_bits.numpy().tobytes()
-    return f"{SCHEME}{settings_digest(bank.config, bank.spec)}/{base64.urlsafe_b64encode(data).decode()}"
+    return f"{SCHEME}{digest}/{base64.urlsafe_b64encode(data).decode()}"
 
 
 def is_profile(path: str) -> bool:

@@ -43,4 +43,4 @@ def install(settings: ServingSettings) -> None:
             settings.folder,
         )
     LoRAResolverRegistry.register_resolver(RESOLVER, resolver)
-    LOG.info("peft_xmask serves %s from %s (%s mode).", source.bank(), settings.bank, mode)
+    LOG.info("peft_xmask serves %s from %s (%s mode).", source.kind(), settings.bank, mode)

@@ -81,7 +81,7 @@ class ProfileLoader:
         self._manager = manager
         served = vllm_config.model_config
         hub = HubOptions(revision=served.revision, cache_dir=vllm_config.load_config.download_dir)
-        self._baker = LoraBaker(source.bank(), settings.base or served.model, check_base=settings.check_base, hub=hub)
+        self._baker = LoraBaker(source.kind(), settings.base or served.model, check_base=settings.check_base, hub=hub)
         self._digest = source.digest
         if self._baker.has_bias:
             raise ConfigError(

@@ -16,11 +16,13 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_xmask import XPEFTConfig
+from peft_xmask.bank.live import LiveBank
 from peft_xmask.errors import ConfigError, FileFormatError, MaskFormatError, MergeError, PoolMismatchError
 from peft_xmask.integrations.vllm import register
 from peft_xmask.integrations.vllm.bank_source import BankSource, FoundProfile
 from peft_xmask.integrations.vllm.folders import FolderStore
-from peft_xmask.integrations.vllm.lora_path import is_profile, path_of, profile_at, settings_digest
+from peft_xmask.integrations.vllm.lora_path import is_profile, profile_at, settings_digest
+from peft_xmask.integrations.vllm.lora_path import path_of as path_of_profile
 from peft_xmask.integrations.vllm.ranks import fitting_rank
 from peft_xmask.integrations.vllm.served import LockTable, ServedProfiles
 from peft_xmask.integrations.vllm.settings import ServingSettings
@@ -43,6 +45,10 @@ def make_bank(seed: int = 1, **fields) -> ProfileBank:
     with torch.no_grad():
         model.base_model.table.xpeft_logits["default"].weight.normal_(generator=torch.Generator().manual_seed(seed))
     return ProfileBank.from_model(model, NAMES)
+
+
+def path_of(bank: ProfileBank, name: str) -> str:
+    return path_of_profile(bank[name], settings_digest(bank.config, bank.spec))
 
 
 @pytest.fixture
@@ -69,8 +75,6 @@ def test_a_profile_comes_back_from_its_path(fields):
         assert profile_at(path, bank.spec, digest) == bank[name]
     assert len({path_of(bank, name) for name in NAMES}) == 3
     assert not is_profile("/models/a-lora")
-    with pytest.raises(KeyError):
-        path_of(bank, "dan")
 
 
 def test_paths_that_are_none_of_ours_are_refused(bank):
@@ -131,6 +135,24 @@ def test_a_bank_that_is_not_looked_at_is_not_opened_again(folder, monkeypatch):
     source.find("ann")
     monkeypatch.setattr(ProfileBank, "from_pretrained", None)
     assert source.find("bob") is not None
+
+
+def test_a_live_bank_is_served_as_it_is_now(bank, tmp_path):
+    live = LiveBank.create(tmp_path / "live", bank)
+    source = BankSource(str(tmp_path / "live"))
+    before = source.find("ann")
+    assert before is not None
+    assert before.path == path_of(bank, "ann")
+    assert before.version == source.version()
+    LiveBank.open(tmp_path / "live").put("ann", bank["bob"])  # by another process
+    assert source.version() != before.version
+    assert source.find("ann").path == path_of(bank, "bob")
+    live.delete("bob")
+    assert source.find("bob") is None
+    assert source.find("Zoë").path == path_of(bank, "Zoë")
+    LiveBank.create(tmp_path / "relu", make_bank(activation="relu"))
+    with pytest.raises(MergeError, match="linear map"):
+        BankSource(str(tmp_path / "relu"))
 
 
 def test_a_damaged_bank_gives_an_error_until_it_is_whole(bank, folder, tmp_path):
