@@ -16,7 +16,7 @@ vllm = pytest.importorskip("vllm", reason="vLLM is not installed: VLLM=yes .ci/r
 
 from vllm.config.lora import LoRAConfig
 from vllm.lora.request import LoRARequest
-from vllm_stories import TOKENS, Story, expected, make_bank, prompts_of, widen_heads
+from vllm_stories import TOKENS, Story, expected, make_bank, make_base, prompts_of
 
 from peft_xmask.errors import BaseMismatchError, ConfigError
 from peft_xmask.integrations.vllm import lora_request
@@ -54,9 +54,9 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     root = tmp_path_factory.mktemp("vllm")
-    widen_heads(shared_data / "stories260k-llama", root / "base")
+    make_base(root / "base")
     bank = make_bank(root / "base", root / "bank", PEOPLE)
     variables = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1",
@@ -163,7 +163,7 @@ def loader(world: World, folder: Path, *, rank: int = 8, targets: list[str] | No
     return ProfileLoader(manager, config, BankSource(str(folder)), ServingSettings(str(folder)))
 
 
-def test_what_cannot_be_served_is_refused_at_the_start(world, tmp_path, shared_data):
+def test_what_cannot_be_served_is_refused_at_the_start(world, tmp_path):
     loader(world, world.folder)
     with pytest.raises(ConfigError, match="--lora-target-modules down_proj"):
         loader(world, world.folder, targets=["q_proj"])
@@ -172,7 +172,7 @@ def test_what_cannot_be_served_is_refused_at_the_start(world, tmp_path, shared_d
         loader(world, tmp_path / "wide")
     loader(world, tmp_path / "wide", rank=16)
     other = tmp_path / "other"
-    widen_heads(shared_data / "stories260k-llama", other)
+    make_base(other)
     tensors = load_file(other / "model.safetensors")
     tensors = {key: -each if "down_proj" in key else each for key, each in tensors.items()}
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})

@@ -11,16 +11,16 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed: VLLM=yes .ci/run makes an environment with it")
 
 from vllm_api import api_server
-from vllm_stories import TOKENS, expected, make_bank, prompts_of, widen_heads
+from vllm_stories import TOKENS, expected, make_bank, make_base, prompts_of
 
 from peft_xmask.profiles import ProfileBank
 
 DEADLINE = 300  # seconds; guards against hanging only
 
 
-def test_a_bank_over_http(shared_data: Path, tmp_path: Path):
+def test_a_bank_over_http(tmp_path: Path):
     base, folder = tmp_path / "base", tmp_path / "bank"
-    widen_heads(shared_data / "stories260k-llama", base)
+    make_base(base)
     bank = make_bank(base, folder, 10_000, form="sequential")
     prompts = prompts_of(base)
     draws = random.Random(0)

@@ -1,8 +1,9 @@
-"""A tiny real language model that vLLM's CPU attention takes, banks over it, and what transformers makes of them."""
+"""A tiny language model that vLLM's CPU attention takes, banks over it, and what transformers makes of them."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +13,17 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from peft_xmask import XPEFTConfig
 from peft_xmask.bank.bank import ProfileBank
@@ -27,6 +37,32 @@ NEAR_TIE = 1e-4
 """Gap of the two largest logits below which two correct programs may choose differently."""
 
 OPENINGS = ("Once upon a time", "Lily and the dog", "The old man saw", "One day, a girl", "Tom had a red ball")
+
+
+def make_base(target: Path) -> None:
+    """Write the real stories260k with its heads widened, or, where the shared data are not, a random Llama."""
+    data = Path(os.environ.get("PEFT_XMASK_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
+    if (data / "stories260k-llama").is_dir():
+        widen_heads(data / "stories260k-llama", target)
+    else:
+        make_random_base(target)
+
+
+def make_random_base(target: Path) -> None:
+    """Write a random Llama with heads of 32 numbers and a tokenizer of the words of the openings."""
+    words = sorted({word for text in OPENINGS for word in text.split()})
+    vocabulary = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(target)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=172, num_hidden_layers=5, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=HEAD_SIZE, max_position_embeddings=512, initializer_range=0.1,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(target)
 
 
 def widen_heads(source: Path, target: Path) -> None:
