@@ -23,6 +23,7 @@ from ..core.packing import pack_halves, unpack_halves
 from ..errors import ConfigError
 from .collator import forward_columns
 from .evaluation import ExampleLoss, example_losses
+from .offsets import SharedOutputs, fit_offsets
 from .prefix import Prefix
 from .profile_model import ProfileModel
 
@@ -102,6 +103,8 @@ class Learner:
             parameter.requires_grad_(False)
         self._weights = list(self._profiles.weights().values())
         self._start = [weight.detach().clone() for weight in self._weights]
+        self._offset_count = bank.offset_count
+        self._offset_variance: float | None = (bank.config.training or {}).get("offset_variance")
         self._prefix = Prefix.of(self._model)
         self._columns = forward_columns(self._model)
         self._learning_rate = learning_rate
@@ -114,8 +117,8 @@ class Learner:
             examples: tokenised, with labels. Columns that the model does not take are ignored.
 
         Returns:
-            The profile. Where masks do not help with examples that they were not learnt from, its gains are zero, which
-            is what all profiles share.
+            The profile, with an offset if those of the bank have one. Its gains are zero where masks do not help with
+            examples that they were not learnt from.
 
         Raises:
             ConfigError: no examples, or labels whose loss is not known.
@@ -138,15 +141,31 @@ class Learner:
         pairs = [
             (row, place) for row in rows for place in range(count) if row == _ALL or int(fold_of[place]) != row - 1
         ]
-        states = None
-        if self._prefix is not None:
-            states = self._prefix.record(self._model, {**batch, "adapter_names": torch.full((count,), -1)})
+        nobody = {**batch, "adapter_names": torch.full((count,), -1)}
+        states = None if self._prefix is None else self._prefix.record(self._model, nobody)
+        offset_bits = self._offsets(nobody, pairs)
         self._fit(batch, states, pairs, len(rows), count)
         bits, gain_bits = self._profiles.packed()
+        mine = None if offset_bits is None else offset_bits[_ALL].clone()
         if gain_bits is None:
-            return Profile(bits[_ALL].clone())
+            return Profile(bits[_ALL].clone(), None, mine)
         factor = self._factor(batch, states, fold_of, (bits, gain_bits)) if len(rows) > 1 else count / (count + _FOLDS)
-        return Profile(bits[_ALL].clone(), pack_halves(unpack_halves(gain_bits[_ALL]) * factor))
+        return Profile(bits[_ALL].clone(), pack_halves(unpack_halves(gain_bits[_ALL]) * factor), mine)
+
+    def _offsets(self, nobody: dict[str, Tensor], pairs: list[tuple[int, int]]) -> Tensor | None:
+        """Offsets of every row, from the examples that it learns from; None where the bank has none."""
+        if self._offset_count is None:
+            return None
+        self._profiles.set_offsets(None)
+        labels = nobody.get("labels")
+        with torch.no_grad():
+            outputs = self._model(**{key: value for key, value in nobody.items() if key != "labels"}).logits
+        shared = SharedOutputs.checked(outputs, labels)
+        rows, places = (torch.tensor(each) for each in zip(*pairs, strict=True))
+        variance = self._offset_variance or shared.default_variance
+        offset_bits = pack_halves(fit_offsets(shared[places], rows, 1 + _FOLDS, variance))
+        self._profiles.set_offsets(offset_bits)
+        return offset_bits
 
     def _fit(
         self, batch: dict[str, Tensor], states: Tensor | None, pairs: list[tuple[int, int]], rows: int, count: int

@@ -19,6 +19,7 @@ from ..core.fingerprint import digest_of
 from ..errors import ConfigError
 from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.masks import AdapterMasks
+from ..tuners.xpeft.offset import set_offsets
 from ..tuners.xpeft.table import find_table
 
 Packed = tuple[Tensor, "Tensor | None"]
@@ -148,6 +149,14 @@ class ProfileModel:
     def load(self, packed: Packed) -> None:
         """Give every profile these masks and gains."""
         self.masks.load(*packed)
+
+    def set_offsets(self, offset_bits: Tensor | None) -> None:
+        """Let the model add these offsets, uint8 ``[U, 2 * C]``, to its outputs; None: no offsets.
+
+        Raises:
+            ConfigError: the model has no classification head.
+        """
+        set_offsets(self.model, find_table(self.model), self.adapter, offset_bits)
 
     def identity(self) -> str:
         """A digest of the adapter's config and of the pool and base that it is on."""

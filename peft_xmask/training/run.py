@@ -8,20 +8,24 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import set_seed
 
 from ..bank.bank import ProfileBank
 from ..bank.names import NameIndex
 from ..core.fingerprint import digest_of
+from ..core.packing import pack_halves
+from ..errors import ConfigError
 from . import distributed as ranks
 from .best_rows import BestRows
 from .checkpoints import last_checkpoint
-from .choice import choose_rows
+from .choice import choose_layers
 from .collator import ProfileCollator
 from .data import ProfileData
 from .evaluation import Evaluator, example_losses
 from .head import train_head
+from .offsets import SharedOutputs, choose_variance, fit_offsets
 from .profile_model import ProfileModel
 from .row_adamw import RowAdamW
 from .sampler import ProfileBatchSampler
@@ -38,6 +42,7 @@ class TrainingRun:
         profiles: the model with a row for each profile.
         data: the examples.
         settings: resolved ones.
+        bank: which the profiles join, or None.
         start: digest of what the bank that the profiles join gave them; None without a bank.
         progress: whether to show a progress bar.
     """
@@ -45,6 +50,7 @@ class TrainingRun:
     profiles: ProfileModel
     data: ProfileData
     settings: ProfileTraining
+    bank: ProfileBank | None
     start: str | None
     progress: bool
 
@@ -70,7 +76,9 @@ class TrainingRun:
         set_seed(settings.trainer.seed)  # a single row starts at random
         logit_scale = settings.mask_learning_rate / settings.trainer.learning_rate
         profiles = ProfileModel.of(model, settings.config, bank, index or data.index, logit_scale)
-        run = cls(profiles, data, settings, None if bank is None else _digest(bank, data.index), progress)
+        if settings.offset and bank is not None and len(bank) and not bank.offset_count:
+            raise ConfigError("Expected a bank whose profiles have offsets, as offset=True says, found one without.")
+        run = cls(profiles, data, settings, bank, None if bank is None else _digest(bank, data.index), progress)
         ranks.require_same(run.identity, settings.trainer.device)
         ranks.send_from_first(profiles.head().values(), settings.trainer.device)
         return run
@@ -147,6 +155,8 @@ class TrainingRun:
             parameter.requires_grad_(self.settings.head == "joint")
         if self.settings.head == "first":
             self.train_head()
+        offset_bits, variance = self._offsets()
+        self.profiles.set_offsets(offset_bits)
         best = BestRows(*self.profiles.packed(), self.settings.patience)
         keeper = ProfilesCallback(self.profiles, self.sampler, best, self.evaluator, self.identity)
         args = self.settings.trainer
@@ -160,20 +170,42 @@ class TrainingRun:
         )
         trainer = self.trainer(optimizer, [keeper, BarCallback("profiles", best)])
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        return self._bank_of(best)
+        return self._bank_of(best, offset_bits, variance)
 
     def train_head(self) -> None:
         """Train the head alone on the base; or take it from ``output_dir`` if this run trained it before."""
         train_head(self.profiles, self.folder, self.identity, self.settings, self.trainer, self.collator)
 
-    def _bank_of(self, best: BestRows) -> TrainedBank:
-        packed, metrics = choose_rows(
-            self.profiles, best, self.evaluator, self.data.counts, head_moved=self.settings.head == "joint"
-        )
-        self.profiles.config.training = {"profiles": len(self.data.index), **self.settings.summary()}
-        found = ProfileBank.from_model(self.profiles.model, list(self.profiles.index))
-        trained = TrainedBank(found.config, *packed, self.profiles.index, found.shared)
-        trained.metrics = metrics
+    def _offsets(self) -> tuple[Tensor | None, float | None]:
+        """Offsets of the profiles, uint8 ``[U, 2 * C]`` or None, and the variance of their prior if they were computed.
+
+        Without ``offset`` they are those that a bank has.
+        """
+        names, data = self.data.index, self.data
+        if not self.settings.offset:
+            if self.bank is None or not self.bank.offset_count:
+                return None, None
+            none = torch.zeros(2 * self.bank.offset_count, dtype=torch.uint8)
+            known = [self.bank[name].offset_bits if name in self.bank else none for name in names]
+            return torch.stack([none if each is None else each for each in known]), None
+        model, size = self.profiles.model, self.settings.trainer.per_device_eval_batch_size
+        shared = SharedOutputs.of(model, data.dataset, self.collator, size)
+        held_out = None
+        if data.validation is not None:
+            held_out = SharedOutputs.of(model, data.validation, self.collator, size)
+        variance = choose_variance(shared, data.rows, held_out, data.held_out, len(names))
+        return pack_halves(fit_offsets(shared, data.rows, len(names), variance)), variance
+
+    def _bank_of(self, best: BestRows, offset_bits: Tensor | None, variance: float | None) -> TrainedBank:
+        profiles = self.profiles
+        head_moved = self.settings.head == "joint"
+        choice = choose_layers(profiles, best, self.evaluator, self.data.counts, offset_bits, head_moved=head_moved)
+        profiles.config.training = {"profiles": len(self.data.index), **self.settings.summary()}
+        if variance is not None:
+            profiles.config.training["offset_variance"] = variance
+        found = ProfileBank.from_model(profiles.model, list(profiles.index))
+        trained = TrainedBank(found.config, *choice.packed, profiles.index, found.shared, choice.offset_bits)
+        trained.metrics = choice.metrics
         return trained
 
 

@@ -44,9 +44,13 @@ class ProfileTraining:
             one.
         head: how the head that all profiles share is trained. ``"joint"``: together with the profiles (at the end each
             profile's rows are compared under the final head). ``"frozen"``: not at all. ``"first"``: alone, without an
-            adapter, for ``head_epochs``; then it is frozen. None: ``"joint"``, or ``"frozen"`` when joining a bank.
+            adapter, for ``head_epochs``; then it is frozen. None:
+            ``"frozen"`` when joining a bank, ``"first"`` with ``offset``, otherwise ``"joint"``.
         head_learning_rate: None: that of ``args``.
         head_epochs: epochs of ``head="first"``.
+        offset: give each profile an offset beside its mask: a half-precision number for each output, which is added to
+            it. Offsets are computed, not trained: the most likely ones under a prior whose variance is chosen on the
+            validation examples. They need a head that is trained before the profiles, or not at all.
         mask_learning_rate: learning rate of the mask logits.
         sampling_temperature: T above. 1 draws every example once an epoch; a higher T gives profiles with few examples
             more passes.
@@ -67,6 +71,7 @@ class ProfileTraining:
     head: str | None = None
     head_learning_rate: float | None = None
     head_epochs: int = 1
+    offset: bool = False
     mask_learning_rate: float = 0.1
     sampling_temperature: float = 2.0
     max_passes: float = 4.0
@@ -85,6 +90,11 @@ class ProfileTraining:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number of at least 1.")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"patience={self.patience!r} is invalid: expected at least one evaluation, or None.")
+        if self.offset and self.head == "joint":
+            raise ConfigError(
+                "head='joint' is invalid with offset=True: offsets are computed before the profiles are trained and "
+                "must not be moved by the head afterwards. Pass head='first' or head='frozen'."
+            )
         if self.args is not None and self.args.fp16:
             raise ConfigError(
                 "fp16=True is invalid: the gradients of profiles are not scaled. Expected float32 or bf16=True."
@@ -123,7 +133,7 @@ class ProfileTraining:
         """
         if joins_bank and self.config is not None:
             raise ConfigError("Expected config= or bank=, found both: profiles that join a bank have its config.")
-        head = self.head or ("frozen" if joins_bank else "joint")
+        head = self.head or ("frozen" if joins_bank else "first" if self.offset else "joint")
         if joins_bank and head != "frozen":
             raise ConfigError(
                 f"head={head!r} is invalid with bank=: the bank's head serves its other profiles too and must not "

@@ -8,10 +8,10 @@ TABLE = "mask_table"
 LOGITS, GAIN = "xpeft_logits", "xpeft_gain"
 """What is trained."""
 
-BITS, GAIN_BITS = "xpeft_bits", "xpeft_gain_bits"
+BITS, GAIN_BITS, OFFSET_BITS = "xpeft_bits", "xpeft_gain_bits", "xpeft_offset_bits"
 """What is shipped."""
 
-PARTS = (LOGITS, GAIN, BITS, GAIN_BITS)
+PARTS = (LOGITS, GAIN, BITS, GAIN_BITS, OFFSET_BITS)
 
 
 def ending(part: str, adapter_name: str | None = None) -> str:

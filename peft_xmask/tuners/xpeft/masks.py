@@ -59,6 +59,7 @@ class AdapterMasks:
     Attributes:
         logits, gain: modules with what is trained; None if the adapter, or its gain, is not trained.
         bits, gain_bits: modules with what is shipped.
+        offset_bits: a module with half-precision offsets of the outputs, ``[P, 2 * C]``; None without offsets.
         names: of rows, where they have names.
         rebuilt: whether the logits were rebuilt from bits, and so are not those that were trained.
         cache: of mixed adapters.
@@ -82,6 +83,7 @@ class AdapterMasks:
         self.logits: TrainableTensor | None = None
         self.gain: TrainableTensor | None = None
         self.gain_bits: PackedTensor | None = None
+        self.offset_bits: PackedTensor | None = None
         self._number = number_of(self)
         self._inbox: tuple[Tensor, int | None] | None = None
         self._warned = False
@@ -222,6 +224,35 @@ class AdapterMasks:
             return ActiveAdapters(self.masks(None, now), index=None, each=False)
         rows = row_in_graph(self.bits.weight, self._number)
         return ActiveAdapters(self.masks(rows, now), index=None, each=False)
+
+    def offsets(self, now: ForwardPass) -> Tensor | None:
+        """Offsets of a forward pass: float32 ``[B, C]`` by example or prompt, or ``[1, C]`` for whole batches.
+
+        None if the profiles have no offsets; zeros for row -1.
+
+        Raises:
+            ConfigError: an adapter of several profiles, and none was chosen.
+            MaskFormatError: offsets that are not finite.
+        """
+        if self.offset_bits is None:
+            return None
+        stored, rows = self.offset_bits.weight, self._rows(now)
+        picked = unpack_halves(stored[rows.clamp_min(0).to(stored.device)])
+        if not torch.compiler.is_compiling() and not picked.isfinite().all():
+            raise MaskFormatError("Expected finite offsets, found NaN or infinity. The file is damaged.")
+        return torch.where((rows >= 0).unsqueeze(1).to(stored.device), picked, 0.0)
+
+    def _rows(self, now: ForwardPass) -> Tensor:
+        if now.batch is not None and now.batch.masks is self:
+            return now.batch.rows
+        if self.spec.num_profiles == 1:
+            return torch.tensor([0])
+        if torch.compiler.is_compiling():
+            chosen: Tensor = row_in_graph(self.bits.weight, self._number)
+            return chosen
+        if self.row is None:
+            raise self.no_profile()
+        return torch.tensor([self.row])
 
     def source(self, row: int | None) -> tuple[Any, ...]:
         """What mixed adapters without gradients are computed from: equal sources give equal adapters.
@@ -386,7 +417,9 @@ class AdapterMasks:
                     self.trained_state()[name].copy_(value)
         self.rebuilt = True
 
-    def serving(self, bits: Tensor, gain_bits: Tensor | None, spec: MaskSpec, names: Names) -> AdapterMasks:
+    def serving(
+        self, bits: Tensor, gain_bits: Tensor | None, spec: MaskSpec, names: Names, offset_bits: Tensor | None = None
+    ) -> AdapterMasks:
         """The masks of an adapter that is not trained, with these bytes instead. Nothing is copied.
 
         Shapes: ``bits [P, 2, S, W]``, ``gain_bits [P, S, 2]``, see :class:`~peft_xmask.tuners.xpeft.spec.MaskSpec`.
@@ -398,6 +431,7 @@ class AdapterMasks:
         twin.spec, twin.names = spec, names
         twin.bits = PackedTensor(bits.to(device))
         twin.gain_bits = None if gain_bits is None else PackedTensor(gain_bits.to(device))
+        twin.offset_bits = None if offset_bits is None else PackedTensor(offset_bits.to(device))
         twin.cache = MixedAdapterCache(self.cache.sites, self.cache.max_bytes)
         twin._number = number_of(twin)
         return twin

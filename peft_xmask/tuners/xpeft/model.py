@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +22,10 @@ from ..sites.layer import SiteLayer, device_of
 from ..sites.tuner import SiteTuner
 from .cache import MixedAdapterCache
 from .config import XPEFTConfig
-from .keys import BITS, GAIN, GAIN_BITS, LOGITS, PARTS, TABLE, ending
+from .keys import BITS, GAIN, GAIN_BITS, LOGITS, OFFSET_BITS, PARTS, TABLE, ending
 from .layer import XPEFTLayer, XPEFTSite
 from .masks import BASE, AdapterMasks
+from .offset import set_offsets
 from .passes import OF_THREAD, BatchRows
 from .table import MaskTable, XPEFTModule, begin_forward, end_forward, find_table
 
@@ -211,7 +212,7 @@ class XPEFTModel(SiteTuner):
             rows = chosen
         elif all(isinstance(each, int) and not isinstance(each, bool) for each in chosen):
             rows = torch.tensor(chosen)
-        elif masks is None or masks.names is None or all(each in self.peft_config or each == BASE for each in chosen):
+        elif masks is None or masks.names is None or _are_adapters(chosen, self.peft_config):
             return None
         else:
             rows = masks.find_rows(chosen)
@@ -223,7 +224,14 @@ class XPEFTModel(SiteTuner):
         _check_rows(rows, masks.spec.num_profiles)
         return BatchRows(self.table, masks, rows, beams)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+    def _unload_and_optionally_merge(self, *args: Any, merge: bool = True, **kwargs: Any) -> Any:
+        offsets = [name for name in self.active_adapters if name in self.table.xpeft_offset_bits]
+        if merge and offsets:
+            raise ConfigError(
+                f"Adapter '{offsets[0]}' adds offsets to the outputs, which no weight of the base can hold. Serve it "
+                "unmerged, or use merge_adapter(), which keeps the adapter."
+            )
+        kwargs["merge"] = merge
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
         for hook in self.table.hooks:
             hook.remove()
@@ -246,7 +254,11 @@ class XPEFTModel(SiteTuner):
         found = {part: entries[key] for part, key in keys.items() if key is not None}
         if LOGITS in found:
             found[BITS], found[GAIN_BITS] = masks.pack(found[LOGITS], found.get(GAIN))
-        parts = (BITS, GAIN_BITS) if masks.spec.learn_gain else (BITS,)
+        parts = [
+            BITS,
+            *([GAIN_BITS] if masks.spec.learn_gain else []),
+            *([OFFSET_BITS] if OFFSET_BITS in found else []),
+        ]
         return {keys[part]: found[part] for part in parts}  # type: ignore[misc]  # both are always there
 
     @classmethod
@@ -254,7 +266,8 @@ class XPEFTModel(SiteTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check the bytes of a file before any tensor reaches the model; for training, rebuild logits from them."""
-        masks = find_table(model).adapters[adapter_name]
+        table = find_table(model)
+        masks = table.adapters[adapter_name]
         bits_key, gain_key = (_key_of(state_dict, ending(part)) for part in (BITS, GAIN_BITS))
         learn_gain = masks.spec.learn_gain
         if bits_key is None or (gain_key is None) == learn_gain:
@@ -272,6 +285,8 @@ class XPEFTModel(SiteTuner):
                 "adapter_config.json (num_profiles) is of another one."
             )
         state_dict = dict(state_dict)
+        offset_key = _key_of(state_dict, ending(OFFSET_BITS))
+        set_offsets(model, table, adapter_name, None if offset_key is None else state_dict[offset_key].clone())
         if masks.is_trained:
             logits, gain = masks.unpack(bits, gain_bits)
             state_dict[bits_key.replace(BITS, LOGITS)] = logits
@@ -281,6 +296,14 @@ class XPEFTModel(SiteTuner):
                 state_dict[gain_key] = torch.zeros_like(state_dict[gain_key])
             masks.rebuilt = True
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _are_adapters(chosen: Sequence[Any], adapters: Mapping[str, Any]) -> bool:
+    """Whether names are those of adapters, where profiles have names too.
+
+    ``"__base__"`` alone is a profile: in a batch with others it is one, and an answer must not depend on the others.
+    """
+    return all(each in adapters or each == BASE for each in chosen) and any(each != BASE for each in chosen)
 
 
 def _check_rows(rows: Tensor, count: int) -> None:

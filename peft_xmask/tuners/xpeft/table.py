@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ...errors import ConfigError
 from ..base.peft_private import BaseTunerLayer, current_graph_task
 from ..base.state import PackedTensor, RootTable, TrainableTensor
-from .keys import BITS, GAIN, GAIN_BITS, LOGITS, PARTS, TABLE
+from .keys import BITS, GAIN, GAIN_BITS, LOGITS, OFFSET_BITS, PARTS, TABLE
 from .masks import AdapterMasks, Names
 from .mixing import ActiveAdapters
 from .passes import OF_THREAD, BatchRows, ForwardPass
@@ -35,13 +35,15 @@ class MaskTable(RootTable, XPEFTModule):
 
     Attributes:
         adapters: by name.
-        hooks: of the model's root, where forward passes begin and end.
+        hooks: of the model's root, where forward passes begin and end, and of its head.
+        offset_hook: that of the head, where profiles have offsets.
     """
 
     xpeft_logits: MutableMapping[str, TrainableTensor]
     xpeft_gain: MutableMapping[str, TrainableTensor]
     xpeft_bits: MutableMapping[str, PackedTensor]
     xpeft_gain_bits: MutableMapping[str, PackedTensor]
+    xpeft_offset_bits: MutableMapping[str, PackedTensor]
     adapter_layer_names = PARTS
 
     def __init__(self) -> None:
@@ -50,32 +52,56 @@ class MaskTable(RootTable, XPEFTModule):
             self.add_module(name, nn.ModuleDict())
         self.adapters: dict[str, AdapterMasks] = {}
         self.hooks: list[RemovableHandle] = []
+        self.offset_hook: RemovableHandle | None = None
         self._last: ForwardPass | None = None
         self._backwards: dict[int, weakref.ref[ForwardPass]] = {}
 
     def add(self, masks: AdapterMasks) -> None:
         """Enter an adapter, or another one in its place."""
         parts = {LOGITS: masks.logits, GAIN: masks.gain, BITS: masks.bits, GAIN_BITS: masks.gain_bits}
-        for part, holder in parts.items():
+        for part, holder in {**parts, OFFSET_BITS: masks.offset_bits}.items():
             if holder is not None:
                 getattr(self, part)[masks.name] = holder
+            elif masks.name in getattr(self, part):
+                del getattr(self, part)[masks.name]
         self.adapters[masks.name] = masks
 
-    def serve(self, adapter_name: str, bits: Tensor, gain_bits: Tensor | None, names: Names) -> None:
+    def serve(
+        self,
+        adapter_name: str,
+        bits: Tensor,
+        gain_bits: Tensor | None,
+        names: Names,
+        offset_bits: Tensor | None = None,
+    ) -> None:
         """Let an adapter that is not trained have these bytes, and names for their rows. Nothing is copied.
 
         A call of the model that has begun ends with the bytes it began with.
         """
         masks = self.adapters[adapter_name]
-        self.add(masks.serving(bits, gain_bits, replace(masks.spec, num_profiles=len(bits)), names))
+        spec = replace(masks.spec, num_profiles=len(bits))
+        self.add(masks.serving(bits, gain_bits, spec, names, offset_bits))
 
     def active(self, adapter_name: str) -> ActiveAdapters:
         """The mixed adapters of the forward pass at hand."""
         now = self._pass()
+        return self._masks(adapter_name, now).active(now)
+
+    def offsets(self, adapter_name: str) -> Tensor | None:
+        """Offsets of the forward pass at hand: float32 ``[B, C]``, or ``[1, C]`` for whole batches; None without any.
+
+        Raises:
+            ConfigError: an adapter of several profiles, and none was chosen.
+            MaskFormatError: offsets that are not finite.
+        """
+        now = self._pass()
+        masks = self._masks(adapter_name, now) if adapter_name in self.adapters else None
+        return None if masks is None else masks.offsets(now)
+
+    def _masks(self, adapter_name: str, now: ForwardPass) -> AdapterMasks:
         batch = now.batch
         chosen = batch is not None and batch.masks.name == adapter_name
-        masks = batch.masks if batch is not None and chosen else self.adapters[adapter_name]
-        return masks.active(now)
+        return batch.masks if batch is not None and chosen else self.adapters[adapter_name]  # type: ignore[return-value]
 
     def _pass(self) -> ForwardPass:
         """The forward pass at hand; one of its own for a site that runs outside of any."""

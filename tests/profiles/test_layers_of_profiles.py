@@ -1,0 +1,159 @@
+"""Offsets, strengths of masks, and which layers a profile keeps."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from peft_xmask import Learner, ProfileBank, ProfileLearning, train_profiles
+from peft_xmask.core.packing import pack_halves, unpack_halves
+from peft_xmask.errors import ConfigError
+from peft_xmask.training.choice import STRENGTHS, _strengths
+from peft_xmask.training.offsets import SharedOutputs, choose_variance, fit_offsets
+
+SCRIPT = Path(__file__).with_name("taught.py")
+spec = importlib.util.spec_from_file_location("taught", SCRIPT)
+taught = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(taught)
+
+
+def fit(folder, **fields):
+    settings = {"validation": taught.examples(1), "config": taught.config(), "args": taught.arguments(folder)}
+    return train_profiles(taught.base(), taught.examples(), **{"progress": False, "offset": True, **settings, **fields})
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory):
+    """Profiles of which each has a label of its own, which is what an offset can say."""
+    return fit(tmp_path_factory.mktemp("offsets"))
+
+
+def logits(model, names) -> torch.Tensor:
+    batch = {"input_ids": torch.tensor(taught.examples(5, {"x": len(names)})["input_ids"])}
+    with torch.no_grad():
+        return model(**batch, adapter_names=names).logits
+
+
+def test_offsets_of_classes_are_the_minimum():
+    """The gradient of the penalised loss is zero there; without examples the offset is zero."""
+    generator = torch.Generator().manual_seed(0)
+    shared = SharedOutputs(torch.randn(40, 3, generator=generator), torch.randint(0, 3, (40,), generator=generator))
+    rows = torch.randint(0, 4, (40,), generator=generator)
+    found = fit_offsets(shared, rows, 5, 0.5).requires_grad_()
+    loss = torch.nn.functional.cross_entropy(shared.outputs + found[rows], shared.labels, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss + (found**2).sum() / (2 * 0.5), found)
+    assert gradient.abs().max() < 1e-3
+    assert not found[4].any()
+
+
+def test_offsets_of_values_are_the_shrunk_mean_residual():
+    shared = SharedOutputs(torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2.0, 5.0, 5.0]))
+    found = fit_offsets(shared, torch.tensor([0, 0, 1]), 3, 0.5)
+    torch.testing.assert_close(found, torch.tensor([[4.0 / (2 + 2)], [0.0], [0.0]]))
+
+
+def test_the_variance_is_the_one_that_does_best_on_others_examples():
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(offsets: torch.Tensor, each: int) -> tuple[SharedOutputs, torch.Tensor]:
+        rows = torch.arange(len(offsets)).repeat_interleave(each)
+        labels = (offsets[rows]).softmax(1).multinomial(1, generator=generator)[:, 0]
+        return SharedOutputs(torch.zeros(len(rows), 3), labels), rows
+
+    for size, expected in ((0.0, 0.03), (3.0, 3.0)):
+        offsets = size * torch.randn(300, 3, generator=generator)
+        (training, rows), (validation, held_out) = drawn(offsets, 10), drawn(offsets, 10)
+        assert choose_variance(training, rows, validation, held_out, 300) == expected
+    assert choose_variance(training, rows, None, None, 300) == 0.3
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_profiles_of_similar_counts_decide_on_a_strength_together(helps):
+    """Few examples: masks do harm. Many: they help, most at half their strength."""
+    counts = torch.tensor([5] * 30 + [100] * 30)
+    strengths = torch.tensor(STRENGTHS, dtype=torch.float64).unsqueeze(1)
+    noise = 0.1 * torch.randn(60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    losses = 1 + noise + torch.where(counts == 5, strengths, (strengths - 0.5) ** 2 - 0.25 if helps else 0 * strengths)
+    strength, found = _strengths(losses, counts, torch.full((60,), 3))
+    assert not strength[:30].any()
+    assert (strength[30:] == (0.5 if helps else 0.0)).all()
+    place = STRENGTHS.index(0.5) if helps else 0
+    assert torch.equal(found[30:], losses[place, 30:])
+
+
+def test_a_mask_that_helps_by_chance_only_is_dropped():
+    losses = torch.ones(len(STRENGTHS), 40, dtype=torch.float64)
+    losses[1:] += torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.05
+    strength, _ = _strengths(losses, torch.full((40,), 8), torch.full((40,), 3))
+    assert not strength.any()
+
+
+def test_offsets_are_saved_and_served(bank, tmp_path):
+    assert bank.offset_count == 4
+    bank.save_pretrained(tmp_path / "bank")
+    served = ProfileBank.from_pretrained(tmp_path / "bank").attach(taught.base())
+    plain = PeftModel.from_pretrained(taught.base(), tmp_path / "bank").eval()
+    names, rows = [*bank, "__base__"], torch.tensor([0, 1, 2, 3, -1])
+    found = logits(served, names)
+    assert torch.equal(logits(plain, rows), found)
+    for row, name in enumerate(bank):
+        assert bank.metrics[name]["layers"]
+        served.set_profile(name)
+        batch = {"input_ids": torch.tensor(taught.examples(5, {"x": 5})["input_ids"])}
+        with torch.no_grad():
+            torch.testing.assert_close(served(**batch).logits[row], found[row])
+    with torch.no_grad(), served.disable_adapter():
+        base = served(**batch).logits
+    masks = bank.select(bank)
+    for name in bank:
+        profile = bank[name]
+        masks.put(name, type(profile)(profile.bits, torch.zeros_like(profile.gain_bits), profile.offset_bits))
+    alone = logits(masks.attach(taught.base()), names)
+    offsets = torch.stack([*(unpack_halves(bank[name].offset_bits) for name in bank), torch.zeros(4)])
+    torch.testing.assert_close(alone, logits(served, ["__base__"] * 5) + offsets)
+    assert not torch.equal(found[:4], base[:4])
+
+
+def test_a_profile_with_offset_and_mask_is_no_worse_than_one_without(bank):
+    for facts in bank.metrics.values():
+        assert facts["validation_loss"] <= facts["shared_loss"]
+    assert {"offset", "mask"} >= {layer for facts in bank.metrics.values() for layer in facts["layers"]}
+
+
+def test_new_profiles_join_with_offsets_and_the_others_keep_theirs(bank, tmp_path):
+    args = taught.arguments(tmp_path, num_train_epochs=1)
+    joined = train_profiles(
+        taught.base(), taught.examples(5, {"dan": 9}), bank=bank, offset=True, args=args, progress=False
+    )
+    assert all(joined[name] == bank[name] for name in bank)
+    assert joined["dan"].offset_bits.any()
+    again = train_profiles(taught.base(), taught.examples(5, {"bob": 9}), bank=bank, args=args, progress=False)
+    assert torch.equal(again["bob"].offset_bits, bank["bob"].offset_bits)
+
+
+def test_a_person_is_learnt_with_an_offset(bank):
+    rows = [{**row, "labels": 2} for row in taught.examples(9, {"new": 12}).to_list()]
+    profile = Learner(taught.base(), bank, ProfileLearning(steps=2)).learn(rows)
+    assert int(profile.offsets.argmax()) == 2
+    assert profile == Learner(taught.base(), bank, ProfileLearning(steps=2)).learn(rows)
+
+
+def test_what_offsets_cannot_do(bank, tmp_path):
+    with pytest.raises(ConfigError, match="head='joint'"):
+        fit(tmp_path, head="joint")
+    without = fit(tmp_path / "without", offset=False)
+    with pytest.raises(ConfigError, match="whose profiles have offsets"):
+        fit(tmp_path, bank=without, config=None)
+    served = bank.attach(taught.base())
+    with pytest.raises(ConfigError, match="adds offsets"):
+        served.merge_and_unload()
+    damaged = bank.select(["bob"])
+    profile = damaged["bob"]
+    infinite = pack_halves(torch.full((4,), torch.inf))
+    content = damaged.content()
+    served.base_model.table.serve("bank", content.bits, content.gain_bits, content.names, infinite.unsqueeze(0))
+    with pytest.raises(Exception, match="finite offsets"):
+        logits(served, [0])
+    assert profile.offset_bits is not None
