@@ -151,20 +151,20 @@ class LoraBaker:
             )
         self._weights = weights if sequential else None
         sites = [_site(each, sequential) for each in self.modules]
+        self._rank = pool.mixed_size
         self._slices = [_PlacedSlice(part, index) for index, part in enumerate(pool.bind(sites))]
 
     @property
     def rank(self) -> int:
-        """Rank of the LoRAs: the pool's bottleneck size."""
-        return self.config.bottleneck_size
+        """Rank of the LoRAs: the pool's bottleneck size, and that of a common adapter beside the mix."""
+        return self._rank
 
     @property
     def has_bias(self) -> bool:
         """Whether the LoRAs have biases: those of the pool, or, of a sequential bank, of the base's modules."""
         base = self._weights is not None and any(bias is not None for _, bias in self._weights.values())
-        return base or any(
-            tensor is not None for each in self._slices for tensor in (each.pool.down_bias, each.pool.up_bias)
-        )
+        parts = [part for each in self._slices for part in (each.pool, each.pool.common) if part is not None]
+        return base or any(tensor is not None for part in parts for tensor in (part.down_bias, part.up_bias))
 
     def bake(self, profile: Profile, rank: int | None = None) -> BakedLora:
         """A profile as a LoRA: that of :func:`~peft_xmask.export_lora`, bit for bit.

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 from ..core.files import dtype_name
+from .common import CommonPart
 from .random import RandomAdapters
 from .trained import TrainedAdapters
 
 _LISTED = 50
 
 
-def model_card(adapters: RandomAdapters | TrainedAdapters) -> str:
+def model_card(adapters: RandomAdapters | TrainedAdapters, common: CommonPart | None = None) -> str:
     """Markdown: how to use the pool, what it is, where its adapters come from."""
+    own = adapters.fingerprint
     facts = [
         ("kind", adapters.kind),
         ("adapters per site", str(adapters.num_adapters)),
         ("bottleneck size", str(adapters.bottleneck_size)),
         ("dtype", dtype_name(adapters.dtype)),
-        ("bytes of tensors", f"{adapters.nbytes:,}"),
-        ("fingerprint", f"`{adapters.fingerprint}`"),
+        ("bytes of tensors", f"{adapters.nbytes + (0 if common is None else common.adapter.nbytes):,}"),
+        ("fingerprint", f"`{own if common is None else common.fingerprint_around(own)}`"),
     ]
+    if common is not None:
+        place = "inside: masks mix deviations from it" if common.inside else "beside the mix"
+        facts.append(("common part", f"{common.source}, bottleneck {common.adapter.bottleneck_size}, {place}"))
     if isinstance(adapters, RandomAdapters):
         facts.append(("seed", str(adapters.seed)))
         extra = ["The adapters are random and follow from the seed: there is no tensor file."]
-        arguments = ""
     else:
         facts += [("sites", str(len(adapters.sites))), ("insertion form", adapters.insertion_form)]
         facts += [("activation", adapters.activation), ("layer norm", str(adapters.layer_norm).lower())]
         extra = ["## Sources", "", *_listed(adapters.sources), "", "## Sites", "", *_listed(adapters.target_modules)]
-        arguments = (
-            f",\n    insertion_form={adapters.insertion_form!r}, activation={adapters.activation!r}, "
-            f"layer_norm={adapters.layer_norm}"
-        )
     lines = [
         "---",
         "library_name: peft",
@@ -44,7 +44,7 @@ def model_card(adapters: RandomAdapters | TrainedAdapters) -> str:
         "from peft import get_peft_model",
         "",
         'pool = peft_xmask.AdapterPool.from_pretrained("path-or-hub-id-of-this-pool")',
-        f"model = get_peft_model(base_model, peft_xmask.XPEFTConfig(pool=pool{arguments}))",
+        "model = get_peft_model(base_model, peft_xmask.XPEFTConfig(pool=pool))",
         "```",
         "",
         "# Adapter pool",

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..core.files import dtype_name, require_storage_dtype
-from ..core.hub import HubOptions, find_folder
+from ..core.hub import CONFIG_FILE, Folder, HubOptions, find_folder
 from ..core.sites import Site
 from ..errors import ConfigError
 from . import bottleneck, lora, storage
+from .common import CommonPart, beside
+from .common import centre as centre_adapters
 from .random import RandomAdapters
 from .slice import PoolSlice
-from .trained import TrainedAdapters, stack
+from .trained import TrainedAdapter, TrainedAdapters, stack
 
 PathLike = str | os.PathLike[str]
 
@@ -29,9 +34,15 @@ class AdapterPool:
     :meth:`save_pretrained` and :meth:`push_to_hub`.
     """
 
-    def __init__(self, adapters: RandomAdapters | TrainedAdapters, name_or_path: str | None = None) -> None:
+    def __init__(
+        self,
+        adapters: RandomAdapters | TrainedAdapters,
+        name_or_path: str | None = None,
+        common: CommonPart | None = None,
+    ) -> None:
         self._adapters = adapters
         self._name_or_path = name_or_path
+        self._common = common
 
     @classmethod
     def random(
@@ -108,6 +119,91 @@ class AdapterPool:
         return cls(stack("bottleneck", [bottleneck.read_bottleneck(folder) for folder in folders], _checked(dtype)))
 
     @classmethod
+    def from_adapters(
+        cls,
+        adapters: Sequence[PathLike],
+        *,
+        centre: bool = False,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+    ) -> AdapterPool:
+        """A pool of LoRA or bottleneck adapters, whichever the first one is.
+
+        Args:
+            adapters: folders or Hub ids, all of one kind; see :meth:`from_lora` and :meth:`from_bottleneck`.
+            centre: store the mean of the adapters as the common part, and the adapters as deviations from it; see
+                :meth:`centred`.
+            dtype: to store them in; None: the adapters' own if they agree on one, else float32.
+            revision: of the Hub ids.
+            token: for the Hub.
+            cache_dir: of the Hub's files.
+
+        Raises:
+            ConfigError: see :meth:`from_lora`; or a single adapter that is to be centred.
+            FileFormatError: a file that is missing or damaged; a pickle instead of safetensors.
+        """
+        hub = HubOptions(revision, token, cache_dir)
+        first = _folders(adapters, FILENAMES_OF_ADAPTERS, hub)[:1]
+        is_lora = bool(first) and first[0].read_json(CONFIG_FILE).get("peft_type") == "LORA"
+        make = cls.from_lora if is_lora else cls.from_bottleneck
+        pool = make(adapters, dtype=dtype, revision=revision, token=token, cache_dir=cache_dir)
+        return pool.centred() if centre else pool
+
+    def centred(self) -> AdapterPool:
+        """This pool with the mean of its adapters as the common part, and their deviations from it as directions.
+
+        A mask then says how far a profile is from the mean, which costs it no bytes, and signs work: masks over a
+        centred pool are ``"signed"`` by default. With ``mask_weighting="mean"`` a mask over the centred pool gives the
+        adapter that it gives over this one, up to rounding (and with a gain of 1).
+
+        Raises:
+            ConfigError: a random pool, a pool with a common part, or one of a single adapter.
+        """
+        if not isinstance(self._adapters, TrainedAdapters) or self._common is not None:
+            raise ConfigError(
+                f"Only trained adapters without a common part can be centred, found {self!r}. For a random pool, give "
+                "it a common part with `with_common`."
+            )
+        directions, common = centre_adapters(self._adapters)
+        return AdapterPool(directions, common=common)
+
+    def with_common(
+        self,
+        adapter: PathLike | nn.Module,
+        *,
+        adapter_name: str = "default",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: PathLike | None = None,
+    ) -> AdapterPool:
+        """This pool with an always-on adapter beside the mix: ``y + B_0 act(A_0 y) + B act(A y)``.
+
+        Every profile has the common adapter in full, at no bytes; a row of -1 is the common adapter alone. Its
+        bottleneck may have another width than the pool's. Over a random pool the profiles take its insertion form and
+        activation, and are adapted at its sites.
+
+        Args:
+            adapter: folder or Hub id of a LoRA or bottleneck adapter, or a PEFT model that has one.
+            adapter_name: which adapter of a model.
+            revision: of the Hub id.
+            token: for the Hub.
+            cache_dir: of the Hub's files.
+
+        Raises:
+            ConfigError: the pool has a common part already, or the adapter's form is another one or cannot be used.
+            FileFormatError: a file that is missing or damaged; a pickle instead of safetensors.
+        """
+        if self._common is not None:
+            raise ConfigError(f"The pool has a common part already, '{self._common.source}'. Start from one without.")
+        if isinstance(adapter, nn.Module):
+            read = _read_model(adapter, adapter_name)
+        else:
+            read = _read_adapter(find_folder(adapter, FILENAMES_OF_ADAPTERS, HubOptions(revision, token, cache_dir)))
+        return AdapterPool(self._adapters, common=beside(self._adapters, read))
+
+    @classmethod
     def from_pretrained(
         cls,
         pool_id: PathLike,
@@ -136,15 +232,16 @@ class AdapterPool:
         hub = HubOptions(revision, token, cache_dir)
         folder = find_folder(pool_id, storage.FILENAMES, hub, subfolder)
         name = str(Path(pool_id) / (subfolder or "")) if Path(pool_id).is_dir() else folder.name
-        return cls(storage.read_pool(folder, _checked(dtype)), name)
+        adapters, common = storage.read_pool(folder, _checked(dtype))
+        return cls(adapters, name, common)
 
     def save_pretrained(self, save_directory: PathLike) -> None:
-        """Write the pool to a folder: ``pool.json``, a model card and, for a trained pool, ``pool.safetensors``.
+        """Write the pool to a folder: ``pool.json``, a model card and, unless it is a seed alone, ``pool.safetensors``.
 
         Raises:
             ConfigError: the directory's name is that of a file.
         """
-        storage.write_pool(Path(save_directory), self._adapters)
+        storage.write_pool(Path(save_directory), self._adapters, self._common)
         self._name_or_path = os.fspath(save_directory)
 
     def push_to_hub(
@@ -172,7 +269,13 @@ class AdapterPool:
             ConfigError: there is no token, or it may not write to the repository.
         """
         address, self._name_or_path = storage.upload_pool(
-            self._adapters, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+            self._adapters,
+            self._common,
+            repo_id,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
         )
         return address
 
@@ -186,7 +289,8 @@ class AdapterPool:
             PoolMismatchError: another number of sites, other names, or another width; nothing has been made then.
         """
         with torch.inference_mode(False), torch.no_grad():
-            return self._adapters.bind(sites)
+            directions = self._adapters.bind(sites)
+            return directions if self._common is None else self._common.bind(sites, directions)
 
     @property
     def kind(self) -> str:
@@ -200,13 +304,25 @@ class AdapterPool:
 
     @property
     def bottleneck_size(self) -> int:
-        """Width b between the projections; of LoRA adapters, the rank."""
+        """Width b between the projections of a direction; of LoRA adapters, the rank."""
         return self._adapters.bottleneck_size
+
+    @property
+    def mixed_size(self) -> int:
+        """Width between the projections of a mixed adapter: b, and that of a common adapter beside the mix."""
+        beside_it = self._common is not None and not self._common.inside
+        return self.bottleneck_size + (self._common.adapter.bottleneck_size if self._common and beside_it else 0)
+
+    @property
+    def common(self) -> CommonPart | None:
+        """The always-on adapter; None if there is none."""
+        return self._common
 
     @property
     def fingerprint(self) -> str:
         """What a profile trained on this pool belongs to; the same whatever the dtype the pool is held in."""
-        return self._adapters.fingerprint
+        own = self._adapters.fingerprint
+        return own if self._common is None else self._common.fingerprint_around(own)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,8 +331,8 @@ class AdapterPool:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that must be stored and shipped: of a trained pool its tensors; 0 of a random pool, which is a seed."""
-        return self._adapters.nbytes
+        """Bytes that must be stored and shipped: of trained adapters their tensors; of random ones 0, for a seed."""
+        return self._adapters.nbytes + (0 if self._common is None else self._common.adapter.nbytes)
 
     @property
     def seed(self) -> int | None:
@@ -234,17 +350,17 @@ class AdapterPool:
     @property
     def insertion_form(self) -> str | None:
         """``"sequential"`` or ``"parallel"``; None: any (random)."""
-        return self._adapters.insertion_form
+        return self._form_of.insertion_form
 
     @property
     def activation(self) -> str | None:
         """Name of the activation; None: any (random)."""
-        return self._adapters.activation
+        return self._form_of.activation
 
     @property
     def layer_norm(self) -> bool | None:
         """Whether a LayerNorm stands before the activation; None: either (random)."""
-        return self._adapters.layer_norm
+        return self._form_of.layer_norm
 
     @property
     def mask_weighting(self) -> str:
@@ -254,7 +370,12 @@ class AdapterPool:
     @property
     def target_modules(self) -> list[str] | None:
         """Names of the sites, sorted; None: any (random)."""
-        return self._adapters.target_modules
+        return self._form_of.target_modules
+
+    @property
+    def _form_of(self) -> RandomAdapters | TrainedAdapters:
+        """What decides form and sites: a common part, where there is one."""
+        return self._adapters if self._common is None else self._common.adapter
 
     def __eq__(self, other: object) -> bool:
         return self.fingerprint == other.fingerprint if isinstance(other, AdapterPool) else NotImplemented
@@ -272,8 +393,31 @@ class AdapterPool:
         seed = f", seed={self.seed}" if self.seed is not None else ""
         return (
             f"AdapterPool({self.kind}, num_adapters={self.num_adapters}, bottleneck_size={self.bottleneck_size}{seed}, "
-            f"dtype={dtype_name(self.dtype)}, fingerprint={self.fingerprint})"
+            f"dtype={dtype_name(self.dtype)}, fingerprint={self.fingerprint}"
+            f"{'' if self._common is None else f', common={self._common.source!r}'})"
         )
+
+
+FILENAMES_OF_ADAPTERS = tuple(dict.fromkeys((*lora.FILENAMES, *bottleneck.FILENAMES)))
+
+
+def _read_adapter(folder: Folder) -> TrainedAdapter:
+    is_lora = folder.read_json(CONFIG_FILE).get("peft_type") == "LORA"
+    return lora.read_lora(folder) if is_lora else bottleneck.read_bottleneck(folder)
+
+
+def _read_model(model: nn.Module, adapter_name: str) -> TrainedAdapter:
+    """An adapter of a PEFT model, as it would be saved."""
+    if adapter_name not in getattr(model, "peft_config", {}):
+        raise ConfigError(
+            f"Expected a PEFT model with an adapter '{adapter_name}', found a {type(model).__name__} without one."
+        )
+    with tempfile.TemporaryDirectory() as saved:
+        model.save_pretrained(saved, selected_adapters=[adapter_name])  # type: ignore[operator]
+        path = Path(saved) / ("" if adapter_name == "default" else adapter_name)
+        read = _read_adapter(Folder(path, adapter_name))
+        sites = {name: replace(site, **{p: t.clone() for p, t in site.parts()}) for name, site in read.sites.items()}
+        return replace(read, sites=sites, source=f"adapter '{adapter_name}' of a model")
 
 
 def _checked(dtype: torch.dtype | None) -> torch.dtype | None:

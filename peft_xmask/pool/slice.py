@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -42,12 +43,16 @@ class PoolSlice(nn.Module):
 
     Attributes:
         origin: which part of which pool this is; two slices of equal origin hold the same numbers.
+        common: the always-on adapter of the site, as a slice of one; None: there is none.
+        common_inside: whether it is added to the mixed matrices; otherwise it stands beside the mix. See
+            :mod:`peft_xmask.pool.common`.
     """
 
     down: Tensor
     up: Tensor
     down_bias: Tensor | None
     up_bias: Tensor | None
+    common: PoolSlice | None
 
     def __init__(
         self,
@@ -57,9 +62,13 @@ class PoolSlice(nn.Module):
         up_bias: Tensor | None = None,
         *,
         origin: tuple[Hashable, ...],
+        common: PoolSlice | None = None,
+        common_inside: bool = False,
     ) -> None:
         super().__init__()
         self.origin = origin
+        self.common = common
+        self.common_inside = common_inside
         for name, tensor in (("down", down), ("up", up), ("down_bias", down_bias), ("up_bias", up_bias)):
             self.register_buffer(name, tensor, persistent=False)
 
@@ -68,14 +77,25 @@ class PoolSlice(nn.Module):
         """Bytes held by the buffers."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
+    def around(self, common: PoolSlice, inside: bool) -> PoolSlice:
+        """The same directions with an always-on adapter."""
+        return PoolSlice(
+            self.down, self.up, self.down_bias, self.up_bias,
+            origin=(self.origin, common.origin, inside), common=common, common_inside=inside,
+        )  # fmt: skip
+
     @property
     def row_nbytes(self) -> int:
         """Bytes of one mixed adapter."""
-        return self.nbytes // int(self.down.shape[0])
+        common = 0 if self.common is None else self.common.nbytes
+        return (self.nbytes - common) // int(self.down.shape[0]) + (0 if self.common_inside else common)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PoolSlice:
         """Share the tensors: a frozen pool is held once however often a model is copied."""
-        twin = PoolSlice(self.down, self.up, self.down_bias, self.up_bias, origin=self.origin)
+        twin = PoolSlice(
+            self.down, self.up, self.down_bias, self.up_bias,
+            origin=self.origin, common=copy.deepcopy(self.common, memo), common_inside=self.common_inside,
+        )  # fmt: skip
         memo[id(self)] = twin
         return twin
 

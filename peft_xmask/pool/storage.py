@@ -1,10 +1,12 @@
-"""Pools on disk and on the Hub: ``pool.json``, and ``pool.safetensors`` for a trained pool.
+"""Pools on disk and on the Hub: ``pool.json``, and ``pool.safetensors`` unless the pool is a seed alone.
 
 ``pool.json`` is one object. Of every pool: ``format`` ("peft_xmask.pool"), ``format_version`` (1), ``kind``,
 ``num_adapters``, ``bottleneck_size``, ``dtype``, ``fingerprint``. Of a random pool: ``seed``. Of a trained pool:
 ``insertion_form``, ``activation``, ``layer_norm``, ``sites`` (name, in_features, out_features, biases; sorted by name),
 ``sources``, ``norms`` (of each tensor when the pool was made, in the order of the sites), and of the tensor file
-``file_bytes`` and ``file_sha256``. No other fields.
+``file_bytes`` and ``file_sha256``. No other fields. Format version 2 adds ``common``: an object with ``inside``,
+``source`` and, of the always-on adapter, ``kind``, ``bottleneck_size``, ``insertion_form``, ``activation``,
+``layer_norm``, ``sites`` and ``norms``. Its tensors are in the same file, with ``common/`` before their names.
 """
 
 from __future__ import annotations
@@ -23,17 +25,21 @@ from ..core.files import dtype_from_name, dtype_name, read_tensors, sha256_of_fi
 from ..core.hub import Folder, upload
 from ..errors import ConfigError, FileFormatError, PoolMismatchError
 from .card import model_card
+from .common import CommonPart
 from .random import RandomAdapters
 from .slice import hold
 from .trained import PARTS, SiteTensors, TrainedAdapters
 
 JSON_FILE = "pool.json"
 TENSOR_FILE = "pool.safetensors"
+COMMON = "common/"
+"""Begins the names of a common part's tensors. No module is called so: names of modules have no slash."""
 CARD_FILE = "README.md"
 FILENAMES = (JSON_FILE, TENSOR_FILE)
 
 FORMAT = "peft_xmask.pool"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""2: with a common part."""
 
 _Check = tuple[Callable[[Any], bool], str]
 _COUNT: _Check = (lambda x: type(x) is int and x >= 1, "a whole number of at least 1")
@@ -52,7 +58,7 @@ def _list_of(check: Callable[[Any], bool], what: str) -> _Check:
 _SITE: Mapping[str, _Check] = {"name": _TEXT, "in_features": _COUNT, "out_features": _COUNT, "biases": _FLAG}
 _COMMON: Mapping[str, _Check] = {
     "format": _one_of(FORMAT),
-    "format_version": _one_of(FORMAT_VERSION),
+    "format_version": _one_of(*FORMAT_VERSIONS),
     "kind": _one_of("random", "lora", "bottleneck"),
     "num_adapters": _COUNT,
     "bottleneck_size": _COUNT,
@@ -71,9 +77,27 @@ _TRAINED: Mapping[str, _Check] = {
     "file_bytes": _COUNT,
     "file_sha256": (lambda x: isinstance(x, str) and len(x) == 64, "64 hexadecimal digits"),
 }
+_FILE = ("file_bytes", "file_sha256")
+_PART: Mapping[str, _Check] = {
+    "inside": _FLAG,
+    **{
+        name: _TRAINED[name]
+        for name in ("kind", "bottleneck_size", "insertion_form", "activation", "layer_norm", "sites", "norms")
+    },
+    "source": (lambda x: isinstance(x, str), "a string"),
+}
+"""The object ``common``."""
 
 
-def write_pool(folder: Path, adapters: RandomAdapters | TrainedAdapters) -> None:
+def _checks_of(facts: Mapping[str, Any]) -> Mapping[str, _Check]:
+    checks = _RANDOM if facts.get("kind") == "random" else _TRAINED
+    if facts.get("format_version") != 2:
+        return checks
+    common: _Check = (lambda x: isinstance(x, dict), "an object")
+    return {**checks, **{name: _TRAINED[name] for name in _FILE}, "common": common}
+
+
+def write_pool(folder: Path, adapters: RandomAdapters | TrainedAdapters, common: CommonPart | None = None) -> None:
     """Write a pool. Each file is replaced whole, ``pool.json`` last; a mixture of two pools is refused when it is read.
 
     Raises:
@@ -83,26 +107,35 @@ def write_pool(folder: Path, adapters: RandomAdapters | TrainedAdapters) -> None
         raise ConfigError(f"Expected a directory to save the pool in, found a file: '{folder}'.")
     facts: dict[str, object] = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": 1 if common is None else 2,
         "kind": adapters.kind,
         "num_adapters": adapters.num_adapters,
         "bottleneck_size": adapters.bottleneck_size,
         "dtype": dtype_name(adapters.dtype),
-        "fingerprint": adapters.fingerprint,
+        "fingerprint": adapters.fingerprint if common is None else common.fingerprint_around(adapters.fingerprint),
     }
     tensor_file = folder / TENSOR_FILE
+    tensors: dict[str, Tensor] = {}
     if isinstance(adapters, RandomAdapters):
         facts["seed"] = adapters.seed
     else:
-        write_tensors(tensor_file, dict(adapters.tensors()))
-        facts.update(_trained_facts(adapters, tensor_file))
-    write_text(folder / CARD_FILE, model_card(adapters))
+        tensors.update(adapters.tensors())
+        facts.update(_trained_facts(adapters), sources=list(adapters.sources))
+    if common is not None:
+        tensors.update({f"{COMMON}{name}": tensor for name, tensor in common.adapter.tensors()})
+        part = {"inside": common.inside, "kind": common.adapter.kind, "source": common.source}
+        part["bottleneck_size"] = common.adapter.bottleneck_size
+        facts["common"] = {**part, **_trained_facts(common.adapter)}
+    if tensors:
+        write_tensors(tensor_file, tensors)
+        facts.update(file_bytes=tensor_file.stat().st_size, file_sha256=sha256_of_file(tensor_file))
+    write_text(folder / CARD_FILE, model_card(adapters, common))
     write_text(folder / JSON_FILE, json.dumps(facts, indent=1) + "\n")
-    if isinstance(adapters, RandomAdapters):
+    if not tensors:
         tensor_file.unlink(missing_ok=True)
 
 
-def _trained_facts(adapters: TrainedAdapters, tensor_file: Path) -> dict[str, object]:
+def _trained_facts(adapters: TrainedAdapters) -> dict[str, object]:
     return {
         "insertion_form": adapters.insertion_form,
         "activation": adapters.activation,
@@ -116,15 +149,12 @@ def _trained_facts(adapters: TrainedAdapters, tensor_file: Path) -> dict[str, ob
             }
             for name, site in adapters.sites.items()
         ],
-        "sources": list(adapters.sources),
         "norms": list(adapters.norms),
-        "file_bytes": tensor_file.stat().st_size,
-        "file_sha256": sha256_of_file(tensor_file),
     }
 
 
-def read_pool(folder: Folder, dtype: torch.dtype | None) -> RandomAdapters | TrainedAdapters:
-    """Read a pool and check all of it.
+def read_pool(folder: Folder, dtype: torch.dtype | None) -> tuple[RandomAdapters | TrainedAdapters, CommonPart | None]:
+    """Read a pool and its common part, and check all of it.
 
     Args:
         folder: where it lies.
@@ -136,13 +166,58 @@ def read_pool(folder: Folder, dtype: torch.dtype | None) -> RandomAdapters | Tra
     """
     facts = folder.read_json(JSON_FILE)
     where = folder.path / JSON_FILE
-    _check_fields(where, facts, _RANDOM if facts.get("kind") == "random" else _TRAINED)
+    _check_fields(where, facts, _checks_of(facts))
+    if facts["format_version"] == 2:
+        _check_fields(where, facts["common"], _PART)
+        _check_inside(where, facts)
     stored = dtype_from_name(facts["dtype"])
+    wanted = dtype or stored
+    tensors = {} if "file_bytes" not in facts else _read_checked(folder.path / TENSOR_FILE, where, facts, stored)
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(COMMON)}
+    common = None
+    if facts["format_version"] == 2:
+        of_common = _as_pool(facts)
+        there = {name.removeprefix(COMMON): tensor for name, tensor in tensors.items() if name not in own}
+        recorded = _assembled(where, of_common, there, facts["fingerprint"])
+        fingerprint_of = CommonPart(recorded, facts["common"]["inside"]).fingerprint_around
+        common = CommonPart(_held(of_common, there, wanted), facts["common"]["inside"])
+    made: RandomAdapters | TrainedAdapters
     if facts["kind"] == "random":
-        made = RandomAdapters(facts["num_adapters"], facts["bottleneck_size"], facts["seed"], dtype or stored)
-        _check_fingerprint(where, facts["fingerprint"], made.fingerprint)
-        return made
-    tensors = _read_checked(folder.path / TENSOR_FILE, where, facts, stored)
+        made = RandomAdapters(facts["num_adapters"], facts["bottleneck_size"], facts["seed"], wanted)
+        found = made.fingerprint
+    else:
+        found = _assembled(where, facts, own, facts["fingerprint"]).fingerprint
+        made = _held(facts, own, wanted)
+    _check_fingerprint(where, facts["fingerprint"], found if common is None else fingerprint_of(found))
+    return made, common
+
+
+def _check_inside(where: Path, facts: Mapping[str, Any]) -> None:
+    """A common part inside the pair must have the form and the shapes of the directions."""
+    same = ("insertion_form", "activation", "layer_norm", "bottleneck_size", "sites")
+    wrong = [name for name in same if facts.get(name) != facts["common"][name]] if facts["common"]["inside"] else []
+    if wrong:
+        raise FileFormatError(
+            f"Expected the common part in '{where}' to have the {', '.join(wrong)} of the pool, since it is inside the "
+            "mixed matrices; found others. Fetch or write the pool again."
+        )
+
+
+def _as_pool(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a common part, as those of a pool of one adapter in the same file."""
+    common = facts["common"]
+    return {
+        **common,
+        "num_adapters": 1,
+        "sources": [common["source"]],
+        "file_sha256": f"common of {facts['file_sha256']}",
+    }
+
+
+def _assembled(
+    where: Path, facts: Mapping[str, Any], tensors: Mapping[str, Tensor], fingerprint: str
+) -> TrainedAdapters:
+    """Adapters as they are stored, whose norms are those that were recorded."""
     if len(facts["norms"]) != len(tensors):
         raise FileFormatError(f"Expected {len(tensors)} norms in '{where}', found {len(facts['norms'])}.")
     adapters = _assemble(facts, tensors, facts["file_sha256"])
@@ -150,11 +225,10 @@ def read_pool(folder: Folder, dtype: torch.dtype | None) -> RandomAdapters | Tra
         raise PoolMismatchError(
             f"The norm of '{name}' is not the one that '{where}' records: the tensors are those of another pool, or "
             "were rescaled. Fetch or write the pool again.",
-            expected=facts["fingerprint"],
+            expected=fingerprint,
             found=name,
         )
-    _check_fingerprint(where, facts["fingerprint"], adapters.fingerprint)
-    return _held(facts, tensors, dtype or stored)
+    return adapters
 
 
 def _check_fields(where: Path, facts: Mapping[str, Any], checks: Mapping[str, _Check]) -> None:
@@ -208,6 +282,14 @@ def _read_checked(path: Path, where: Path, facts: Mapping[str, Any], dtype: torc
 
 
 def _expected_forms(facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    forms = {} if facts["kind"] == "random" else _forms_of(facts, dtype)
+    if "common" in facts:
+        of_common = _forms_of({**facts["common"], "num_adapters": 1}, dtype)
+        forms.update({f"{COMMON}{name}": form for name, form in of_common.items()})
+    return forms
+
+
+def _forms_of(facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     n, b = facts["num_adapters"], facts["bottleneck_size"]
     forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for site in facts["sites"]:
@@ -243,19 +325,19 @@ def _assemble(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], identity:
         sources=tuple(facts["sources"]),
         norms=tuple(float(norm) for norm in facts["norms"]),
         identity=identity,
+        mask_weighting="signed" if facts.get("common", {}).get("inside") else "mean",
     )
 
 
 def stored_bytes(facts: Mapping[str, Any]) -> int:
-    """Bytes of the tensors of a pool, from its checked ``pool.json`` alone; 0 for a random pool."""
-    if facts["kind"] == "random":
-        return 0
+    """Bytes of the tensors of a pool, from its checked ``pool.json`` alone; 0 for a pool that is a seed."""
     forms = _expected_forms(facts, dtype_from_name(facts["dtype"])).values()
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in forms)
 
 
 def upload_pool(
     adapters: RandomAdapters | TrainedAdapters,
+    common: CommonPart | None,
     repo_id: str,
     *,
     private: bool | None,
@@ -268,13 +350,15 @@ def upload_pool(
     Raises:
         ConfigError: there is no token, or it may not write to the repository.
     """
+    own = adapters.fingerprint
+    fingerprint = own if common is None else common.fingerprint_around(own)
     return upload(
-        lambda folder: write_pool(folder, adapters),
+        lambda folder: write_pool(folder, adapters, common),
         repo_id,
         what="pool",
         filenames=FILENAMES,
         private=private,
         token=token,
         revision=revision,
-        commit_message=commit_message or f"Upload adapter pool {adapters.fingerprint}",
+        commit_message=commit_message or f"Upload adapter pool {fingerprint}",
     )

@@ -119,6 +119,7 @@ class TrainedAdapters:
         sources: names of the N adapters.
         norms: 2-norm of each tensor as it was when the pool was made, before any cast, to six digits.
         identity: decides the numbers; equal only for tensors that are equal.
+        mask_weighting: of masks over them: ``"mean"``, or ``"signed"`` for deviations from a common adapter.
     """
 
     kind: str
@@ -129,8 +130,8 @@ class TrainedAdapters:
     sources: tuple[str, ...]
     norms: tuple[float, ...]
     identity: Hashable
+    mask_weighting: str = "mean"
 
-    mask_weighting = "mean"
     seed = None
 
     @property

@@ -26,6 +26,8 @@ AVERAGE_SCALE = 2.0
 FORMER_WEIGHTINGS = {"signs": "signed"}
 FORMER_ESTIMATORS = {"identity": "straight_through"}
 """Values in files of earlier versions, by what they are called now."""
+CENTRED_SCALE = 1.0
+"""Gain of deviations from a common adapter: signed deviations are together as large as one of them."""
 RANDOM_SCALE = 0.3
 STEERABLE = 40.0
 """Over a random pool the gain is ``STEERABLE / N`` if that is below ``RANDOM_SCALE``."""
@@ -156,7 +158,9 @@ class XPEFTConfig(SiteConfig):
             self.top_k = max(1, self.num_adapters // 2)
         self._check_top_k()
         if self.scale is None:
-            if pool.kind == "random":
+            if pool.common is not None and pool.common.inside:
+                self.scale = CENTRED_SCALE
+            elif pool.kind == "random":
                 self.scale = min(RANDOM_SCALE, STEERABLE / self.num_adapters)
             else:
                 self.scale = 1.0 if self.top_k == 1 else AVERAGE_SCALE
@@ -202,7 +206,7 @@ class XPEFTConfig(SiteConfig):
 
     def _take_sizes(self, pool: AdapterPool) -> None:
         self.num_adapters, self.bottleneck_size = pool.num_adapters, pool.bottleneck_size
-        if pool.kind == "random":
+        if pool.kind == "random" and pool.common is None:
             assert pool.seed is not None
             self.pool, self.pool_seed, self.pool_dtype = None, pool.seed, str(pool.dtype).removeprefix("torch.")
 

@@ -269,7 +269,7 @@ class AdapterMasks:
         """Masks of rows as they are now.
 
         Args:
-            rows: long ``[R]``, of which -1 is none and has gains of zero; None: all of them.
+            rows: long ``[R]``, of which -1 has masks and gains of zero: no deviation; None: all of them.
             now: the pass that uses them.
 
         Raises:
@@ -278,7 +278,8 @@ class AdapterMasks:
         masks = self._from_logits(rows, now) if self.is_trained else self._from_bits(rows)
         if rows is None or not (torch.compiler.is_compiling() or bool((rows < 0).any())):
             return masks
-        return RowMasks(masks.mask, masks.gain * (rows >= 0).to(masks.gain.device).unsqueeze(1))
+        there = (rows >= 0).to(masks.gain.device)
+        return RowMasks(masks.mask * there.view(-1, 1, 1, 1), masks.gain * there.unsqueeze(1))
 
     def _from_logits(self, rows: Tensor | None, now: ForwardPass) -> RowMasks:
         assert self.logits is not None

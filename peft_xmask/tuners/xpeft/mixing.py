@@ -12,6 +12,7 @@ from ...core.adapter import AdapterPair
 from ...core.masks import hard_mask, hard_weights, mix, scaled_gain, soft_mask
 from ...core.packing import unpack_bits, unpack_halves
 from ...pool import PoolSlice
+from ...pool.common import added, one_after_the_other
 from .spec import MaskSpec
 
 
@@ -44,12 +45,44 @@ class RowMasks:
         pool = site.pool
         down = self.mask[:, 0, site.index]
         up = self.mask[:, 1, site.index] * self.gain[:, site.index, None]
-        return AdapterPair(
+        pair = AdapterPair(
             down=mix(down, pool.down),
             up=mix(up, pool.up),
             down_bias=None if pool.down_bias is None else mix(down, pool.down_bias),
             up_bias=None if pool.up_bias is None else mix(up, pool.up_bias),
         )
+        return pair if pool.common is None else around_common(pair, pool.common, pool.common_inside)
+
+
+def around_common(pair: AdapterPair, common: PoolSlice, inside: bool) -> AdapterPair:
+    """Deviations of R rows put together with a common adapter, as one adapter for each row.
+
+    Inside: the matrices are added. Beside: the bottlenecks stand one after the other, which gives
+    ``B_0 act(A_0 x) + B act(A x)`` since the activation works on each number alone.
+
+    Shapes: ``pair`` has R as its first dimension and a bottleneck of b; ``common`` has 1 and b_0. The result has R, and
+    b (inside, where b = b_0) or b_0 + b.
+    """
+    if inside:
+        return AdapterPair(
+            down=common.down + pair.down,
+            up=common.up + pair.up,
+            down_bias=added(common.down_bias, pair.down_bias),
+            up_bias=added(common.up_bias, pair.up_bias),
+        )
+    rows = pair.down.shape[0]
+    down_bias = None
+    if common.down_bias is not None or pair.down_bias is not None:
+        first = common.down.new_zeros(1, common.down.shape[1]) if common.down_bias is None else common.down_bias
+        second = pair.down.new_zeros(rows, pair.down.shape[1]) if pair.down_bias is None else pair.down_bias
+        down_bias = one_after_the_other(first, second, rows, dim=1)
+    up_bias = added(common.up_bias, pair.up_bias)
+    return AdapterPair(
+        down=one_after_the_other(common.down, pair.down, rows, dim=1),
+        up=one_after_the_other(common.up, pair.up, rows, dim=2),
+        down_bias=down_bias,
+        up_bias=None if up_bias is None else up_bias.expand(rows, -1),
+    )
 
 
 @dataclass(eq=False)
