@@ -27,7 +27,7 @@ def bank(tiny_bert) -> ProfileBank:
     config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4, scale=1.0, num_profiles=ROWS)
     model = get_peft_model(tiny_bert(), config)
     with torch.no_grad():
-        weight = model.base_model.table.xpeft_logits["default"].weight
+        weight = model.masks("default").logits.weight
         weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
     return ProfileBank.from_model(model, [f"user {row}" for row in range(ROWS)])
 
@@ -155,7 +155,7 @@ def test_checkpointed_blocks_use_the_rows_of_their_own_pass(use_reentrant, tiny_
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
-        weight = model.base_model.table.xpeft_logits["default"].weight
+        weight = model.masks("default").logits.weight
         with torch.no_grad():
             weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
         labels = torch.arange(4)

@@ -24,7 +24,7 @@ SHAPE = dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, inte
 def all_different(base, profiles):
     """Random masks, 50 of 100 at 12 sites, no two alike."""
     model = get_peft_model(twin(base), XPEFTConfig(task_type="FEATURE_EXTRACTION", num_adapters=100))
-    spec = model.base_model.table.adapters["default"].spec
+    spec = model.masks("default").spec
     generator = torch.Generator().manual_seed(1)
     bits = torch.empty(profiles, *spec.bits_shape[1:], dtype=torch.uint8)
     for start in range(0, profiles, 4096):

@@ -44,7 +44,7 @@ def random_masks(profiles, sites, num_adapters, top_k):
 def bank_of(base, profiles, first=0):
     """Random masks: a thousand that differ, in an order that jumps. Names count from ``first``."""
     model = get_peft_model(twin(base), config())
-    spec = model.base_model.table.adapters["default"].spec
+    spec = model.masks("default").spec
     order = torch.arange(profiles) * 7919 % 1000
     bits = random_masks(1000, spec.num_sites, spec.num_adapters, spec.top_k)[order]
     gains = pack_halves(torch.full((profiles, spec.num_sites, 1), spec.scale))
@@ -132,7 +132,7 @@ def mixing(base, bank, rows, length, rounds, limit):
         lora.add_adapter(str(i), LoraConfig(r=8, target_modules=["query", "value"]))
     lora.eval()
     kept.cache_profiles(4 * 10**9)
-    one = kept.base_model.table.adapters["bank"].cache.row_bytes
+    one = kept.masks("bank").cache.row_bytes
     for model in (kept, new):
         model.cache_profiles(rows * one)
     turn = [0]
@@ -158,7 +158,7 @@ def mixing(base, bank, rows, length, rounds, limit):
         "loras": run(lora, adapter_names=[str(i) for i in range(rows)]),
     }
     times = in_turn(candidates, rounds, limit, lambda: turn.__setitem__(0, turn[0] + 1), warmup=1)
-    return times, kept.base_model.table.adapters["bank"].cache.nbytes
+    return times, kept.masks("bank").cache.nbytes
 
 
 def main():

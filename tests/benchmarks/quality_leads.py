@@ -21,7 +21,7 @@ def soft_before(steps):
     """Hard masks that are trained as soft ones for so many steps, and repaired as hard ones in those that are left."""
 
     def prepare(model):
-        masks = model.base_model.table.adapters["default"]
+        masks = model.masks("default")
         hard = masks.spec
         masks.spec = replace(hard, mask_type="soft")
         passes = 0

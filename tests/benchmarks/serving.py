@@ -32,7 +32,7 @@ def make_bank(users, folder):
     base = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=5)
     model = get_peft_model(base, XPEFTConfig(task_type="SEQ_CLS", num_profiles=users))
     with torch.no_grad():
-        model.base_model.table.xpeft_logits["default"].weight.normal_(std=0.01)
+        model.masks("default").logits.weight.normal_(std=0.01)
     ProfileBank.from_model(model, [f"user-{number}" for number in range(users)]).save_pretrained(folder)
 
 

@@ -22,7 +22,7 @@ def adapter(tiny_bert, tmp_path):
         settings = {"num_adapters": 20, "bottleneck_size": 4, "num_profiles": profiles, **fields}
         model = get_peft_model(tiny_bert(), XPEFTConfig(task_type="SEQ_CLS", **settings))
         with torch.no_grad():
-            weight = model.base_model.table.xpeft_logits["default"].weight
+            weight = model.masks("default").logits.weight
             weight.normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
         folder = tmp_path / "adapters" / f"user-{seed}"
         model.save_pretrained(folder)

@@ -29,7 +29,7 @@ def made(folder, base, **fields) -> PeftModel:
     )  # fmt: skip
     model = get_peft_model(base, config).eval()
     with torch.no_grad():
-        model.base_model.table.xpeft_logits["default"].weight.normal_(generator=torch.Generator().manual_seed(1))
+        model.masks("default").logits.weight.normal_(generator=torch.Generator().manual_seed(1))
     ProfileBank.from_model(model, NAMES).save_pretrained(folder)
     return model
 

@@ -17,7 +17,7 @@ def bank(tiny_bert, tmp_path):
     config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=20, bottleneck_size=4, num_profiles=4)
     model = get_peft_model(tiny_bert(), config)
     with torch.no_grad():
-        model.base_model.table.xpeft_logits["default"].weight.normal_(std=0.01)
+        model.masks("default").logits.weight.normal_(std=0.01)
     ProfileBank.from_model(model, ["ann", "bob", "Zoë", "$x_1$"]).save_pretrained(tmp_path / "bank")
     return tmp_path / "bank"
 

@@ -84,7 +84,7 @@ def many(minilm_classifier, count: int, seed: int) -> ProfileBank:
     torch.manual_seed(0)
     model = get_peft_model(minilm_classifier(), config)
     with torch.no_grad():
-        weight = model.base_model.table.xpeft_logits["default"].weight
+        weight = model.masks("default").logits.weight
         weight.normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
     return ProfileBank.from_model(model, [f"user-{number}" for number in range(count)])
 

@@ -12,7 +12,7 @@ torch.manual_seed(1)
 config = XPEFTConfig(task_type="SEQ_CLS", num_adapters=12, bottleneck_size=4, num_profiles=3)
 model = get_peft_model(base, config)
 with torch.no_grad():
-    model.base_model.table.xpeft_logits["default"].weight.normal_(std=0.01)
+    model.masks("default").logits.weight.normal_(std=0.01)
 bank = ProfileBank.from_model(model, ["ann", "bob", "carol"])
 assert bank["ann"] != bank["bob"] != bank["carol"]
 print(bank.push_to_hub("ann/bank"))

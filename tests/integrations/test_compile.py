@@ -23,7 +23,7 @@ def many(model: PeftModel, count: int = 4) -> PeftModel:
     """Gives each profile masks of its own."""
     table = model.base_model.table
     with torch.no_grad():
-        table.xpeft_logits["default"].weight.normal_(generator=torch.Generator().manual_seed(1))
+        table.adapters["default"].logits.weight.normal_(generator=torch.Generator().manual_seed(1))
     assert table.adapters["default"].spec.num_profiles == count
     return model
 
@@ -103,7 +103,7 @@ def test_what_a_graph_cannot_check_before_it_asserts(tiny_bert, tiny_batch, tmp_
     model = PeftModel.from_pretrained(tiny_bert(), tmp_path).eval()
     run = compiled(model)
     logits(run, tiny_batch)
-    model.base_model.table.xpeft_bits["default"].weight.fill_(255)
+    model.masks("default").bits.weight.fill_(255)
     with pytest.raises(RuntimeError, match="not masks of its kind"):
         logits(run, tiny_batch)
     model = get_peft_model(tiny_bert(), xpeft(num_profiles=2)).eval()
@@ -140,7 +140,7 @@ def test_checkpointed_blocks_see_the_masks_of_their_forward_pass(tiny_bert, tiny
         torch.manual_seed(4)
         model.zero_grad()
         run(**tiny_batch, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
-        gradients.append(model.base_model.table.xpeft_logits["default"].weight.grad.clone())
+        gradients.append(model.masks("default").logits.weight.grad.clone())
     torch.testing.assert_close(*gradients)
 
 

@@ -147,7 +147,7 @@ def test_rows_of_a_batch_may_belong_to_different_profiles(way, llama, tokenizer)
     config = XPEFTConfig(task_type="CAUSAL_LM", num_adapters=100, bottleneck_size=8, scale=3.0, num_profiles=3)
     model = get_peft_model(base_model(llama), config).eval()
     with torch.no_grad():
-        model.base_model.table.xpeft_logits["default"].weight.normal_(std=0.01)
+        model.masks("default").logits.weight.normal_(std=0.01)
     inputs = dict(tokenizer(["can you", "once upon", "the dog"], return_tensors="pt", padding=True))
     rows = torch.tensor([2, 0, 2])
     mixed = generated(model, inputs, adapter_names=rows, **WAYS[way])
@@ -170,7 +170,7 @@ def test_gradients_flow_where_the_inputs_are_embeddings(model, prompts):
     by_embeddings = model(inputs_embeds=embeddings, attention_mask=mask).logits
     assert torch.equal(by_ids, by_embeddings)
     by_embeddings.float().logsumexp(-1).sum().backward()
-    weight = model.base_model.table.xpeft_logits["default"].weight
+    weight = model.masks("default").logits.weight
     assert weight.grad is not None
     assert weight.grad.abs().sum() > 0
     weight.grad = None

@@ -151,7 +151,7 @@ def sharded(config: str, folder: Path, rank: int) -> dict[str, torch.Tensor]:
         callback.on_save(arguments, state, control, model=model)
         dist.barrier()
         with torch.no_grad():
-            model.base_model.table.xpeft_logits["default"].weight.zero_()
+            model.masks("default").logits.weight.zero_()
         callback.on_train_begin(arguments, state, control, model=model)
         callback.on_log(arguments, state, control, model=model, logs={"loss": 1.0})
         found["restored"] = logits(model)

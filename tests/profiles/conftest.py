@@ -19,10 +19,8 @@ def many_profiles(tiny_bert) -> Callable[..., PeftModel]:
         settings = {"num_adapters": 20, "bottleneck_size": 4, "scale": 1.0, "num_profiles": 5, **fields}
         model = get_peft_model(tiny_bert(), XPEFTConfig(task_type="SEQ_CLS", **settings)).eval()
         with torch.no_grad():
-            for part in ("xpeft_logits", "xpeft_gain"):
-                holders = getattr(model.base_model.table, part)
-                if "default" in holders:
-                    holders["default"].weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
+            for weight in model.masks("default").trained_state().values():
+                weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
         return model
 
     return build
@@ -35,7 +33,7 @@ def single_profile(many_profiles, tmp_path) -> Callable[..., object]:
     def build(seed: int, **fields) -> object:
         model = many_profiles(num_profiles=1, **fields)
         with torch.no_grad():
-            weight = model.base_model.table.xpeft_logits["default"].weight
+            weight = model.masks("default").logits.weight
             weight.normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
         folder = tmp_path / f"profile-{seed}-{len(fields)}"
         model.save_pretrained(folder)

@@ -40,7 +40,7 @@ def make(folder: Path) -> None:
         BertModel(BertConfig(**sizes)), XPEFTConfig(num_adapters=12, bottleneck_size=2, num_profiles=5)
     )
     with torch.no_grad():
-        model.base_model.table.xpeft_logits["default"].weight.normal_()
+        model.masks("default").logits.weight.normal_()
     ProfileBank.from_model(model, ["ann", "bob", "Zoë", "ann.b", "张伟"]).save_pretrained(folder)
 
 

@@ -47,10 +47,8 @@ def adapted(base: torch.nn.Module, task: str | None = "CAUSAL_LM", **fields) -> 
     settings = {"num_adapters": 12, "bottleneck_size": 4, "activation": "identity", "num_profiles": 3, **fields}
     model = get_peft_model(base, XPEFTConfig(task_type=task, **settings)).eval()
     with torch.no_grad():
-        for part in ("xpeft_logits", "xpeft_gain"):
-            holders = getattr(model.base_model.table, part)
-            if "default" in holders:
-                holders["default"].weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
+        for weight in model.masks("default").trained_state().values():
+            weight.normal_(std=0.01, generator=torch.Generator().manual_seed(1))
     return model
 
 

@@ -105,7 +105,7 @@ def test_edits_are_served_and_do_not_reach_models_served_before(saved, expected,
 def test_a_million_rows_are_served_from_where_they_lie(saved, tiny_bert, tiny_batch, tmp_path):
     """Attaching copies nothing: the model's bytes are the bank's."""
     served = saved.attach(tiny_bert())
-    assert served.base_model.table.xpeft_bits["bank"].weight.data_ptr() == saved.content().bits.data_ptr()
+    assert served.masks("bank").bits.weight.data_ptr() == saved.content().bits.data_ptr()
     del served
     gc.collect()
 
@@ -168,7 +168,7 @@ def test_generating_for_different_profiles(make, task, beams):
     torch.manual_seed(2)
     model = get_peft_model(make(), config)
     with torch.no_grad():
-        model.base_model.table.xpeft_logits["default"].weight.normal_(std=0.1)
+        model.masks("default").logits.weight.normal_(std=0.1)
     served = ProfileBank.from_model(model, ["ann", "bob", "carol"]).attach(make())
     prompt = torch.randint(3, 40, (1, 5), generator=torch.Generator().manual_seed(3))
 

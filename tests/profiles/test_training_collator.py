@@ -80,7 +80,7 @@ def trainer(folder, model, profiles=NAMES, data=None, optimizers=(None, None), *
 
 
 def rows_of(model) -> torch.Tensor:
-    return model.base_model.table.xpeft_logits["default"].weight.detach().clone()
+    return model.masks("default").logits.weight.detach().clone()
 
 
 @pytest.mark.parametrize(

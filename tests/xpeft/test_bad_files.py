@@ -125,7 +125,7 @@ def test_another_pool_is_refused(profile, tiny_bert):
 def test_nan_logits_are_refused_at_evaluation_and_at_saving(tiny_bert, tiny_batch, tmp_path):
     model = get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4))
     with torch.no_grad():
-        model.base_model.table.xpeft_logits["default"].weight[0, 3] = float("nan")
+        model.masks("default").logits.weight[0, 3] = float("nan")
     model.eval()
     with pytest.raises(MaskFormatError, match=r"found NaN or infinity\. Training diverged"):
         model(**tiny_batch)
@@ -163,7 +163,7 @@ def test_a_gain_that_half_precision_cannot_hold_is_not_saved(tiny_bert, tmp_path
     """It would be refused when loaded, and the profile lost."""
     model = get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4, learn_gain=True))
     with torch.no_grad():
-        model.base_model.table.xpeft_gain["default"].weight.fill_(20.0)
+        model.masks("default").gain.weight.fill_(20.0)
     with pytest.raises(MaskFormatError, match="at most 65504"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / FILE).exists()

@@ -22,7 +22,7 @@ def crowd(tiny_bert):
         settings = {"num_adapters": 20, "bottleneck_size": 4, "scale": 1.0, "num_profiles": ROWS, **fields}
         model = get_peft_model(tiny_bert(), XPEFTConfig(task_type="SEQ_CLS", **settings)).eval()
         with torch.no_grad():
-            weight = model.base_model.table.xpeft_logits["default"].weight
+            weight = model.masks("default").logits.weight
             weight.normal_(std=0.01, generator=torch.Generator().manual_seed(seed))
         return model
 
@@ -42,7 +42,7 @@ def served(crowd, tiny_bert, tmp_path):
 
 
 def kept(model: PeftModel, name: str = "default"):
-    return model.base_model.table.adapters[name].cache
+    return model.masks(name).cache
 
 
 def one_row(model: PeftModel) -> int:
@@ -144,7 +144,7 @@ CHANGES = {
     "another temperature": (
         "crowd",
         {"mask_type": "soft"},
-        lambda model, batch, folder: setattr(model.base_model.table.adapters["default"], "temperature", 0.2),
+        lambda model, batch, folder: setattr(model.masks("default"), "temperature", 0.2),
     ),
     "half precision": ("served", {}, lambda model, batch, folder: model.to(torch.bfloat16)),
 }
@@ -177,7 +177,7 @@ def test_gradients_are_those_without_a_cache(crowd, tiny_batch):
         for train in (False, True):
             model.train(train)
             model(**tiny_batch, adapter_names=torch.tensor([3, 0, 3, 2]), labels=torch.arange(4)).loss.backward()
-        gradients.append(model.base_model.table.xpeft_logits["default"].weight.grad)
+        gradients.append(model.masks("default").logits.weight.grad)
     assert torch.equal(*gradients)
     assert gradients[0].abs().sum(1).gt(0).nonzero().flatten().tolist() == [0, 2, 3]
 
@@ -201,7 +201,7 @@ def test_a_damaged_row_spoils_no_other(served, tiny_batch):
     model = served()
     model.cache_profiles(2 * one_row(model))
     expected = run(model, tiny_batch, [1, 2, 1, 2])
-    bits = model.base_model.table.xpeft_bits["default"].weight
+    bits = model.masks("default").bits.weight
     bits[3] = 255
     first = run(model, tiny_batch, [1, 2, 1, 2])
     for rows in ([3, 3, 3, 3], [1, 3, 1, 1]):
@@ -219,7 +219,7 @@ def test_a_copy_keeps_its_own(served, tiny_batch):
     assert (len(kept(model)), len(kept(twin)), kept(twin).max_bytes) == (2, 0, 10**6)
     assert kept(twin).sites[0] is not kept(model).sites[0]
     assert torch.equal(run(twin, tiny_batch, [1, 2, 1, 2]), expected)
-    twin.base_model.table.xpeft_bits["default"].weight[1] = twin.base_model.table.xpeft_bits["default"].weight[5]
+    twin.masks("default").bits.weight[1] = twin.masks("default").bits.weight[5]
     assert not torch.equal(run(twin, tiny_batch, [1, 2, 1, 2]), expected)
     assert torch.equal(run(model, tiny_batch, [1, 2, 1, 2]), expected)
 

@@ -46,7 +46,7 @@ def test_the_mixed_adapter_is_the_weighted_sum_of_matrices(weighting, chosen, re
     layer.register_forward_hook(lambda module, args, out: seen.update(out=out))
     run(model, tiny_batch)
     table = model.base_model.table
-    logits = table.xpeft_logits["default"].weight.view(2, 20)
+    logits = table.adapters["default"].logits.weight.view(2, 20)
     pool = layer.xpeft_sites["default"].pool
     weights = torch.full_like(logits, rest).scatter_(1, logits.topk(5).indices, chosen)
     down, up = (
@@ -142,7 +142,7 @@ def test_adapter_names_serve_a_mixed_batch(tiny_bert, tiny_batch):
 def test_profiles_of_one_adapter(tiny_bert, tiny_batch, tmp_path):
     model = get_peft_model(tiny_bert(), xpeft(num_profiles=5))
     with torch.no_grad():
-        model.base_model.table.xpeft_logits["default"].weight.normal_(std=0.01)
+        model.masks("default").logits.weight.normal_(std=0.01)
     with pytest.raises(ConfigError, match="holds 5 profiles and none was chosen"):
         run(model, tiny_batch)
     each = []
@@ -170,7 +170,7 @@ def test_only_the_rows_of_a_batch_get_gradients(tiny_bert, tiny_batch):
     model = get_peft_model(tiny_bert(), xpeft(num_profiles=5)).train()
     loss = model(**tiny_batch, adapter_names=torch.tensor([3, 0, 3, 3]), labels=torch.tensor([0, 1, 2, 3])).loss
     loss.backward()
-    moved = model.base_model.table.xpeft_logits["default"].weight.grad.abs().sum(1)
+    moved = model.masks("default").logits.weight.grad.abs().sum(1)
     assert moved.gt(0).tolist() == [True, False, False, True, False]
 
 
@@ -235,7 +235,7 @@ def test_a_copy_has_masks_of_its_own(tiny_bert, tiny_batch):
     model.train()(**tiny_batch, labels=torch.tensor([0, 1, 2, 3])).loss.backward()
     twin = copy.deepcopy(model)
     with torch.no_grad():
-        twin.base_model.table.xpeft_logits["default"].weight.neg_()
+        twin.masks("default").logits.weight.neg_()
     assert torch.equal(run(model, tiny_batch), out)
     assert not torch.equal(run(twin, tiny_batch), out)
 

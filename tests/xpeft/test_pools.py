@@ -64,7 +64,7 @@ def test_choosing_one_adapter_gives_that_adapter(
         table = model.base_model.table
         for index, expected in enumerate(outputs):
             with torch.no_grad():
-                logits = table.xpeft_logits["default"].weight.view(2, -1, 3)
+                logits = table.adapters["default"].logits.weight.view(2, -1, 3)
                 logits.zero_()
                 logits[..., index] = 1.0
             torch.testing.assert_close(run(model, tiny_batch), expected, atol=1e-5, rtol=1e-5)

@@ -154,7 +154,7 @@ class XPEFTModel(SiteTuner):
         """
         if self.table.merged:
             raise ConfigError("Cannot choose a profile while an adapter is merged. Call unmerge_adapter() first.")
-        masks = self._masks(adapter_name)
+        masks = self.masks(adapter_name)
         masks.choose(int(masks.find_rows([profile])[0]) if isinstance(profile, str) else profile)
 
     def cache_profiles(self, max_bytes: int, adapter_name: str | None = None) -> None:
@@ -172,13 +172,21 @@ class XPEFTModel(SiteTuner):
         Raises:
             ConfigError: no such adapter, or ``max_bytes`` is no whole number or too small for one profile.
         """
-        masks = self._masks(adapter_name)
+        masks = self.masks(adapter_name)
         layers = [module for module in self.model.modules() if isinstance(module, XPEFTLayer)]
         sites = [layer.xpeft_sites[masks.name] for layer in layers if masks.name in layer.xpeft_sites]
         sites.sort(key=lambda site: site.index)
         masks.cache = MixedAdapterCache(sites, max_bytes)
 
-    def _masks(self, adapter_name: str | None) -> AdapterMasks:
+    def masks(self, adapter_name: str | None = None) -> AdapterMasks:
+        """The masks of one adapter: ``model.masks().logits.weight`` are its trained logits, ``bits`` its stored masks.
+
+        Args:
+            adapter_name: None: the active adapter.
+
+        Raises:
+            ConfigError: the model has no adapter of that name.
+        """
         name = adapter_name or self.active_adapters[0]
         if name not in self.table.adapters:
             raise ConfigError(f"No adapter '{name}' in this model. Known: {', '.join(sorted(self.table.adapters))}.")

@@ -43,7 +43,7 @@ def make_bank(seed: int = 1, **fields) -> ProfileBank:
     config = XPEFTConfig(task_type="CAUSAL_LM", num_profiles=3, **{**settings, **fields})
     model = get_peft_model(llama(), config).eval()
     with torch.no_grad():
-        model.base_model.table.xpeft_logits["default"].weight.normal_(generator=torch.Generator().manual_seed(seed))
+        model.masks("default").logits.weight.normal_(generator=torch.Generator().manual_seed(seed))
     return ProfileBank.from_model(model, NAMES)
 
 
