@@ -1,4 +1,4 @@
-"""Where this package meets its neighbours."""
+"""Integrations with the Trainer, and exports for other tools."""
 
 from ..tuners.base.model_card import complete_cards_of_peft
 from ..tuners.base.saving import save_adapters_as_a_whole

@@ -1,4 +1,4 @@
-"""Training state that a method keeps beside the Trainer's checkpoints, since its adapter file cannot hold it."""
+"""Training state that is saved beside the Trainer's checkpoints, because the adapter file cannot hold it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import FileFormatError
 
 
 def checkpoint_folder(args: TrainingArguments, step: int) -> Path:
-    """Where the Trainer keeps its checkpoint of a step."""
+    """The folder of the Trainer's checkpoint at a step."""
     assert args.output_dir is not None
     return Path(args.output_dir) / f"checkpoint-{step}"
 
@@ -20,7 +20,7 @@ def checkpoint_folder(args: TrainingArguments, step: int) -> Path:
 def find_state(
     args: TrainingArguments, step: int, file: str, resume_from: str | Path | None
 ) -> tuple[Path, dict[str, Tensor], dict[str, str]] | None:
-    """The training state of a step: its path, tensors and metadata. None if there is none.
+    """The training state at a step: its path, tensors and metadata; None if there is none.
 
     Args:
         file: its name.

@@ -1,4 +1,4 @@
-"""Linear adapters as stock LoRAs, for tools that read nothing else (vLLM, diffusers)."""
+"""Write linear adapters as standard LoRAs, for tools that load nothing else (vLLM, diffusers)."""
 
 from __future__ import annotations
 

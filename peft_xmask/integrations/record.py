@@ -1,4 +1,4 @@
-"""How an adapter was trained, noted in its config."""
+"""Record in an adapter's config how it was trained."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..tuners.base.config import TargetConfig
 
 
 class RecordCallback(TrainerCallback):
-    """Notes in the config of each adapter that is trained how it is trained: ``config.training``.
+    """Records how each adapter is trained, in ``config.training``.
 
     It is saved in ``adapter_config.json`` and shown on the model card: ``steps``, ``epochs``, ``batch_size`` (examples
     a step, over all processes), ``optimizer``, ``learning_rate`` (its peak), ``schedule``, ``seed``, and the last

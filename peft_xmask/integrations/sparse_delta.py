@@ -1,4 +1,4 @@
-"""A magnitude-masked adapter for tools that know nothing of masks: positions and values, in one safetensors file."""
+"""Write a magnitude-masked adapter as positions and values, for tools that do not know masks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def export_sparse_delta(model: nn.Module, path: str | Path, adapter_name: str = 
     not in it.
 
     Args:
-        model: with the adapter, wrapped by PEFT or not.
+        model: the model with the adapter, wrapped by PEFT or not.
         path: of the file.
 
     Raises:

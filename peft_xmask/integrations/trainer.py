@@ -28,25 +28,25 @@ STATE_FILE = "xpeft_training_state.safetensors"
 class XPEFTCallback(RecordCallback):
     """Gives masks their own learning rate, anneals their temperature, logs them, and makes a resumed run exact.
 
-    A profile's file holds bits, which are enough to serve and not enough to go on training. This callback writes the
-    logits beside each checkpoint and puts them back on ``resume_from_checkpoint``, so that an interrupted run ends with
-    the very weights of an uninterrupted one.
+    A profile's file holds bits, which are enough for serving but not for resuming training. This callback saves the
+    logits beside each checkpoint and restores them on ``resume_from_checkpoint``, so that a resumed run ends with
+    exactly the weights of an uninterrupted one.
 
-    As its base class does, it notes in the config how the adapter is trained.
+    Like its base class, it records in the config how the adapter is trained.
 
-    Logged, beside the loss: ``mask_entropy`` (of the softmax over the N adapters, 1 = uniform), ``mask_churn`` (share
+    It logs ``mask_entropy`` (of the softmax over the N adapters, 1 = uniform), ``mask_churn`` (share
     of the chosen adapters that were not chosen at the last log) and ``mask_gain`` (mean gain, where it is learnt).
 
     Args:
-        mask_learning_rate: of the logits, in force when the Trainer's learning rate is at its peak; it follows the same
-            schedule. Works through ``logit_scale``, and so is exact for Adam-like optimizers. 0.1 won most often in the
+        mask_learning_rate: peak learning rate of the logits; it follows the Trainer's schedule. It is implemented
+            through ``logit_scale``, which is equivalent for Adam-like optimizers. 0.1 won most often in the
             searches of docs/study.md. None: leave it to the config.
-        temperature: start and end of a geometric annealing over the run; None: the config's, constant.
-        resume_from: folder of the checkpoint, where it is not ``output_dir/checkpoint-<step>`` or
+        temperature: start and end of a geometric annealing over the run; None: the config's constant temperature.
+        resume_from: the checkpoint's folder, if it is neither ``output_dir/checkpoint-<step>`` nor
             ``args.resume_from_checkpoint``.
 
     Raises:
-        ConfigError: a number that is not above 0.
+        ConfigError: a number is not above 0.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class XPEFTCallback(RecordCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Set the masks' learning rate; on a resume, put the logits back first."""
+        """Set the masks' learning rate; on resume, restore the logits first."""
         super().on_train_begin(args, state, control, **kwargs)
         table = find_table(kwargs["model"])
         if state.global_step > 0:
@@ -119,7 +119,7 @@ class XPEFTCallback(RecordCallback):
         write_tensors(checkpoint_folder(args, state.global_step) / STATE_FILE, tensors, metadata)
 
     def facts(self) -> dict[str, Any]:
-        """The masks' learning rate and temperatures, where they are set here."""
+        """The masks' learning rate and temperatures, if this callback sets them."""
         facts = {"mask_learning_rate": self.mask_learning_rate, "temperature": self.temperature}
         return {name: value for name, value in facts.items() if value is not None}
 
@@ -164,7 +164,7 @@ def trained_adapters(table: MaskTable) -> list[AdapterMasks]:
 
 
 def set_logit_scale(model: nn.Module, masks: AdapterMasks, logit_scale: float) -> None:
-    """Train an adapter's masks on another scale, and note it in its config."""
+    """Change the scale of an adapter's logits, also in its config."""
     masks.rescale_logits(logit_scale)
     model.peft_config[masks.name].logit_scale = logit_scale  # type: ignore[union-attr, index]
 

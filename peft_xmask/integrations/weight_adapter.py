@@ -22,16 +22,16 @@ STATE_FILE = "weight_adapter_training_state.safetensors"
 
 
 class WeightAdapterCallback(RecordCallback):
-    """Makes a resumed run exact.
+    """Makes resuming a run exact.
 
-    An adapter's file holds the change that its factors make, which is enough to serve and to go on from, not to go on
-    exactly. This callback writes the factors beside each checkpoint, and puts them back on ``resume_from_checkpoint``,
-    so that an interrupted run ends with the very numbers of an uninterrupted one.
+    An adapter's file holds the change that its factors make, which is enough for serving but not for an exact resume.
+    This callback saves the factors beside each checkpoint and restores them on ``resume_from_checkpoint``, so that a
+    resumed run ends with exactly the values of an uninterrupted one.
 
-    As its base class does, it notes in the config how the adapter is trained.
+    Like its base class, it records in the config how the adapter is trained.
 
     Args:
-        resume_from: folder of the checkpoint, where it is not ``output_dir/checkpoint-<step>`` or
+        resume_from: the checkpoint's folder, if it is neither ``output_dir/checkpoint-<step>`` nor
             ``args.resume_from_checkpoint``.
     """
 
@@ -41,7 +41,7 @@ class WeightAdapterCallback(RecordCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """On a resume, put the factors back."""
+        """Restore the factors on resume."""
         super().on_train_begin(args, state, control, **kwargs)
         if state.global_step == 0:
             return

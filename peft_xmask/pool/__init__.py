@@ -1,4 +1,4 @@
-"""The pool: N frozen adapters per site, shared by every profile."""
+"""Pools: N frozen adapters per site, shared by all profiles."""
 
 from .pool import AdapterPool
 from .slice import PoolSlice

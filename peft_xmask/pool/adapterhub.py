@@ -1,4 +1,4 @@
-"""Reading the bottleneck adapters of AdapterHub's `adapters` library, as its version 1.3 saves them."""
+"""Read bottleneck adapters saved by version 1.3 of AdapterHub's `adapters` library."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def read_seq_bn(folder: Folder, config: Mapping[str, Any]) -> TrainedAdapter:
     The scaling on an adapter's output, fixed or learned, goes into ``up`` and ``up_bias``.
 
     Args:
-        folder: what `adapters` saved.
+        folder: a folder that `adapters` saved.
         config: its ``adapter_config.json``.
 
     Raises:
-        ConfigError: another architecture, or a form that a pool cannot take.
-        FileFormatError: a file that is missing, damaged or incomplete.
+        ConfigError: the architecture is unknown, or the adapter has a form that a pool does not support.
+        FileFormatError: a file is missing, damaged or incomplete.
 
     Source: the layout as `adapters` 1.3.0 writes it; see docs/pool.md.
     """
@@ -103,7 +103,7 @@ def read_seq_bn(folder: Folder, config: Mapping[str, Any]) -> TrainedAdapter:
 
 
 def _check_form(folder: Folder, model_type: Any, options: Mapping[str, Any]) -> str:
-    """Refuse what a pool cannot represent; the activation by our name."""
+    """Reject what a pool cannot represent; return our name of the activation."""
     if model_type not in _PLACES:
         raise ConfigError(
             f"Adapter '{folder.name}' was made for model_type {model_type!r}. Expected one of {sorted(_PLACES)}: for "

@@ -1,4 +1,4 @@
-"""Reading bottleneck adapters: those that PEFT saved for our own type, and AdapterHub's."""
+"""Read bottleneck adapters: those that PEFT saved for our method, and AdapterHub's."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def read_bottleneck(folder: Folder) -> TrainedAdapter:
     The ``scale`` on an adapter's output goes into ``up`` and ``up_bias``, with one rounding to their dtype.
 
     Raises:
-        ConfigError: another kind of adapter, or one whose form a pool cannot take.
-        FileFormatError: a file that is missing, damaged or incomplete.
+        ConfigError: it is another kind of adapter, or has a form that a pool does not support.
+        FileFormatError: a file is missing, damaged or incomplete.
     """
     config = folder.read_json(CONFIG_FILE)
     if config.get("peft_type") == "BOTTLENECK_ADAPTER":

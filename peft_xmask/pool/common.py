@@ -99,7 +99,7 @@ def centre(adapters: TrainedAdapters) -> tuple[TrainedAdapters, CommonPart]:
 
 
 class _Unique:
-    """Equal to itself alone: the identity of tensors that were made in this process."""
+    """Equal only to itself: the identity of tensors created in this process."""
 
 
 def _remade(

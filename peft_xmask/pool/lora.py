@@ -1,4 +1,4 @@
-"""Reading LoRA adapters that PEFT saved."""
+"""Read LoRA adapters that PEFT saved."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def read_lora(folder: Folder) -> TrainedAdapter:
     """Read a LoRA: ``down = lora_A [r, d_in]``, ``up = scale * lora_B [d_out, r]``.
 
     ``scale`` is ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rsLoRA, with ``alpha_pattern`` applied; the
-    product is rounded once to the dtype of ``lora_B``. Modules saved whole (a head) are left out.
+    product is rounded once to the dtype of ``lora_B``. ``modules_to_save`` (a head) are left out.
 
     Raises:
-        ConfigError: another PEFT type, or a LoRA that is more than two matrices at each site.
-        FileFormatError: a file that is missing, damaged or incomplete.
+        ConfigError: it has another PEFT type, or is a LoRA variant with more than two matrices per site.
+        FileFormatError: a file is missing, damaged or incomplete.
     """
     config = folder.read_json(CONFIG_FILE)
     if config.get("peft_type") != "LORA":

@@ -1,4 +1,4 @@
-"""The pool a user holds."""
+"""The pool, as users handle it."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ PathLike = str | os.PathLike[str]
 class AdapterPool:
     """N frozen adapters per site, shared by every profile.
 
-    Made by :meth:`random`, :meth:`from_lora`, :meth:`from_bottleneck` or :meth:`from_pretrained`. It never changes: a
-    copy is the pool itself, and two pools are equal when their fingerprints are. Only ``name_or_path`` is set anew, by
-    :meth:`save_pretrained` and :meth:`push_to_hub`.
+    Create one with :meth:`random`, :meth:`from_lora`, :meth:`from_bottleneck` or :meth:`from_pretrained`. A pool never
+    changes: copying returns the pool itself, and two pools are equal if their fingerprints are. Only ``name_or_path``
+    is set anew, by :meth:`save_pretrained` and :meth:`push_to_hub`.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class AdapterPool:
     def random(
         cls, num_adapters: int = 100, bottleneck_size: int = 48, seed: int = 0, *, dtype: torch.dtype = torch.float32
     ) -> AdapterPool:
-        """A pool of untrained adapters. It *is* its seed: numbers are made when a model is bound.
+        """A pool of untrained adapters. It *is* its seed: tensors are generated when a model uses it.
 
         The same (seed, site, adapter) gives the same bits for any N, machine, number of threads and order. Scales are
         those of :class:`~peft_xmask.pool.random.RandomAdapters`.
@@ -57,10 +57,10 @@ class AdapterPool:
             num_adapters: N.
             bottleneck_size: b.
             seed: 0 <= seed < 2**64.
-            dtype: float32, or bfloat16 or float16, to which the float32 numbers are rounded.
+            dtype: float32, or bfloat16 or float16, to which the float32 values are rounded.
 
         Raises:
-            ConfigError: a value out of range.
+            ConfigError: a value is out of range.
         """
         return cls(RandomAdapters(num_adapters, bottleneck_size, seed, dtype))
 
@@ -78,15 +78,15 @@ class AdapterPool:
 
         Args:
             adapters: folders or Hub ids; equal targets and rank. ``lora_alpha`` may differ.
-            dtype: to store them in; None: the adapters' own if they agree on one, else float32.
-            revision: of the Hub ids.
-            token: for the Hub.
-            cache_dir: of the Hub's files.
+            dtype: dtype to store them in; None: the adapters' own if they agree, else float32.
+            revision: revision of the Hub ids.
+            token: token for the Hub.
+            cache_dir: cache folder for files from the Hub.
 
         Raises:
-            ConfigError: an adapter that cannot be found or is no plain LoRA, or adapters that differ, each difference
-                listed.
-            FileFormatError: a file that is missing or damaged; a pickle instead of safetensors.
+            ConfigError: an adapter cannot be found or is not a plain LoRA, or the adapters differ (the message lists
+                each difference).
+            FileFormatError: a file is missing or damaged, or is a pickle instead of safetensors.
         """
         folders = _folders(adapters, lora.FILENAMES, HubOptions(revision, token, cache_dir))
         return cls(stack("lora", [lora.read_lora(folder) for folder in folders], _checked(dtype)))
@@ -105,15 +105,15 @@ class AdapterPool:
 
         Args:
             adapters: folders or Hub ids; equal targets, bottleneck, activation and form.
-            dtype: to store them in; None: the adapters' own if they agree on one, else float32.
-            revision: of the Hub ids.
-            token: for the Hub.
-            cache_dir: of the Hub's files.
+            dtype: dtype to store them in; None: the adapters' own if they agree, else float32.
+            revision: revision of the Hub ids.
+            token: token for the Hub.
+            cache_dir: cache folder for files from the Hub.
 
         Raises:
-            ConfigError: an adapter that cannot be found or whose form a pool cannot take, or adapters that differ, each
-                difference listed.
-            FileFormatError: a file that is missing or damaged; a pickle instead of safetensors.
+            ConfigError: an adapter cannot be found or has a form that a pool does not support, or the adapters differ
+                (the message lists each difference).
+            FileFormatError: a file is missing or damaged, or is a pickle instead of safetensors.
         """
         folders = _folders(adapters, bottleneck.FILENAMES, HubOptions(revision, token, cache_dir))
         return cls(stack("bottleneck", [bottleneck.read_bottleneck(folder) for folder in folders], _checked(dtype)))
@@ -135,14 +135,14 @@ class AdapterPool:
             adapters: folders or Hub ids, all of one kind; see :meth:`from_lora` and :meth:`from_bottleneck`.
             centre: store the mean of the adapters as the common part, and the adapters as deviations from it; see
                 :meth:`centred`.
-            dtype: to store them in; None: the adapters' own if they agree on one, else float32.
-            revision: of the Hub ids.
-            token: for the Hub.
-            cache_dir: of the Hub's files.
+            dtype: dtype to store them in; None: the adapters' own if they agree, else float32.
+            revision: revision of the Hub ids.
+            token: token for the Hub.
+            cache_dir: cache folder for files from the Hub.
 
         Raises:
             ConfigError: see :meth:`from_lora`; or a single adapter that is to be centred.
-            FileFormatError: a file that is missing or damaged; a pickle instead of safetensors.
+            FileFormatError: a file is missing or damaged, or is a pickle instead of safetensors.
         """
         hub = HubOptions(revision, token, cache_dir)
         first = _folders(adapters, FILENAMES_OF_ADAPTERS, hub)[:1]
@@ -188,12 +188,12 @@ class AdapterPool:
             adapter: folder or Hub id of a LoRA or bottleneck adapter, or a PEFT model that has one.
             adapter_name: which adapter of a model.
             revision: of the Hub id.
-            token: for the Hub.
-            cache_dir: of the Hub's files.
+            token: token for the Hub.
+            cache_dir: cache folder for files from the Hub.
 
         Raises:
             ConfigError: the pool has a common part already, or the adapter's form is another one or cannot be used.
-            FileFormatError: a file that is missing or damaged; a pickle instead of safetensors.
+            FileFormatError: a file is missing or damaged, or is a pickle instead of safetensors.
         """
         if self._common is not None:
             raise ConfigError(f"The pool has a common part already, '{self._common.source}'. Start from one without.")
@@ -218,16 +218,16 @@ class AdapterPool:
 
         Args:
             pool_id: folder, Hub id, or ``"owner/name@revision/subfolder"``, which a config can hold.
-            revision: of the Hub id.
-            subfolder: of the folder or Hub id.
-            token: for the Hub.
-            cache_dir: of the Hub's files.
-            dtype: to hold them in; None: as stored.
+            revision: revision of the Hub id.
+            subfolder: subfolder of the folder or Hub id.
+            token: token for the Hub.
+            cache_dir: cache folder for files from the Hub.
+            dtype: dtype to hold them in; None: as stored.
 
         Raises:
-            ConfigError: no such folder or Hub repository, or a dtype that is not one of the three.
-            FileFormatError: a damaged file; names what is wrong.
-            PoolMismatchError: the tensors are not those of the recorded fingerprint.
+            ConfigError: there is no such folder or Hub repository, or the dtype is not one of the three.
+            FileFormatError: a file is damaged; the message names the damage.
+            PoolMismatchError: the tensors do not have the recorded fingerprint.
         """
         hub = HubOptions(revision, token, cache_dir)
         folder = find_folder(pool_id, storage.FILENAMES, hub, subfolder)
@@ -239,7 +239,7 @@ class AdapterPool:
         """Write the pool to a folder: ``pool.json``, a model card and, unless it is a seed alone, ``pool.safetensors``.
 
         Raises:
-            ConfigError: the directory's name is that of a file.
+            ConfigError: ``save_directory`` is a file.
         """
         storage.write_pool(Path(save_directory), self._adapters, self._common)
         self._name_or_path = os.fspath(save_directory)
@@ -253,14 +253,14 @@ class AdapterPool:
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload the pool to a Hub repository, which is created if need be.
+        """Upload the pool to a Hub repository, which is created if needed.
 
         Args:
             repo_id: ``owner/name``, or a name in the user's own namespace.
             private: whether a new repository is private; None: as the owner's settings say.
-            token: for the Hub.
-            revision: branch to commit to, created if need be; None: the default branch.
-            commit_message: None: one with the fingerprint.
+            token: token for the Hub.
+            revision: branch to commit to, created if needed; None: the default branch.
+            commit_message: None: a message with the fingerprint.
 
         Returns:
             The address of the commit.
@@ -280,13 +280,13 @@ class AdapterPool:
         return address
 
     def bind(self, sites: Sequence[Site]) -> list[PoolSlice]:
-        """The pool's part for each site, in order. Models that use the same pool share the tensors.
+        """The pool's slice for each site, in order. Models that use the same pool share the tensors.
 
-        The sites of a random pool are known by their position; those of a trained pool by name, where a prefix may
-        differ, and there must be as many as the pool has.
+        A random pool identifies sites by position. A trained pool identifies them by name, where a prefix may differ;
+        the numbers of sites must be equal.
 
         Raises:
-            PoolMismatchError: another number of sites, other names, or another width; nothing has been made then.
+            PoolMismatchError: the number, names or widths of the sites differ. No tensor has been created then.
         """
         with torch.inference_mode(False), torch.no_grad():
             directions = self._adapters.bind(sites)
@@ -320,13 +320,13 @@ class AdapterPool:
 
     @property
     def fingerprint(self) -> str:
-        """What a profile trained on this pool belongs to; the same whatever the dtype the pool is held in."""
+        """Identifies the pool, whatever dtype it is held in. Profiles store it."""
         own = self._adapters.fingerprint
         return own if self._common is None else self._common.fingerprint_around(own)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the tensors."""
+        """The dtype of the tensors."""
         return self._adapters.dtype
 
     @property
@@ -336,14 +336,14 @@ class AdapterPool:
 
     @property
     def seed(self) -> int | None:
-        """Of a random pool; else None."""
+        """The seed of a random pool; None for other pools."""
         return self._adapters.seed
 
     @property
     def name_or_path(self) -> str | None:
         """Folder or Hub name under which the pool was last saved or from which it was loaded; None if neither.
 
-        A Hub name has the revision and subfolder, if any: ``"owner/name@revision/subfolder"``.
+        A Hub name includes the revision and subfolder, if any: ``"owner/name@revision/subfolder"``.
         """
         return self._name_or_path
 
@@ -359,7 +359,7 @@ class AdapterPool:
 
     @property
     def layer_norm(self) -> bool | None:
-        """Whether a LayerNorm stands before the activation; None: either (random)."""
+        """Whether a LayerNorm precedes the activation; None: either (random)."""
         return self._form_of.layer_norm
 
     @property

@@ -1,8 +1,8 @@
-"""Random pools: a seed, not numbers.
+"""Random pools, which are stored as a seed.
 
 The adapters come from NumPy's counter-based Philox generator, whose raw streams are guaranteed never to change. Every
-matrix has a counter block of its own, chosen by (site, adapter, down or up), so its bits depend on nothing else: not on
-N, the device, the number of threads or the order of generation.
+matrix has its own counter block, determined by (site, adapter, down or up). Its bits depend on nothing else: not on N,
+the device, the number of threads or the order of generation.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class RandomAdapters:
         dtype: float32, or bfloat16 or float16, to which the float32 numbers are rounded.
 
     Raises:
-        ConfigError: a value out of range, or another dtype.
+        ConfigError: a value is out of range, or the dtype is not supported.
 
     Source: ours; X-PEFT (arXiv 2401.16137) for pools of untrained adapters.
     """
@@ -73,7 +73,7 @@ class RandomAdapters:
 
     @property
     def fingerprint(self) -> str:
-        """Of the facts that decide the numbers."""
+        """A fingerprint of everything that determines the values."""
         return digest_of_facts(
             {
                 "kind": self.kind,
@@ -105,7 +105,7 @@ class RandomAdapters:
 
 @dataclass(frozen=True)
 class _Block:
-    """Everything that decides the tensor ``[num_adapters, rows, columns]`` of one site."""
+    """Everything that determines the tensor ``[num_adapters, rows, columns]`` of one site."""
 
     seed: int
     num_adapters: int
@@ -117,7 +117,7 @@ class _Block:
 
     @property
     def scale(self) -> np.float32:
-        """What one step of the integers is worth. The columns are the fan-in."""
+        """The value of one integer step. The number of columns is the fan-in."""
         return np.float32(1.0 / math.sqrt(_INT16_VARIANCE * self.columns))
 
 

@@ -16,13 +16,13 @@ _HELD: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
 
 
 def hold(keys: Sequence[Key], make: Callable[[list[Key]], Sequence[Tensor]]) -> list[Tensor]:
-    """Tensors for ``keys``: those that some model still uses, and new ones for the rest.
+    """Tensors for ``keys``: existing ones that some model still uses, and new ones for the rest.
 
-    Nothing is kept alive here; a tensor goes when the last module or pool that refers to it goes.
+    This function keeps nothing alive: a tensor is freed with the last module or pool that refers to it.
 
     Args:
-        keys: each says everything that decides the tensor's numbers and dtype.
-        make: called once with the keys that nobody holds, if there are any.
+        keys: each determines a tensor's values and dtype completely.
+        make: called once with the keys of missing tensors, if there are any.
 
     Returns:
         One tensor for each key, in order.
@@ -42,7 +42,7 @@ class PoolSlice(nn.Module):
     Shapes: ``down [N, b, d_in]``, ``up [N, d_out, b]``, ``down_bias [N, b]`` or None, ``up_bias [N, d_out]`` or None.
 
     Attributes:
-        origin: which part of which pool this is; two slices of equal origin hold the same numbers.
+        origin: identifies the pool and the part of it; slices of equal origin hold equal values.
         common: the always-on adapter of the site, as a slice of one; None: there is none.
         common_inside: whether it is added to the mixed matrices; otherwise it stands beside the mix. See
             :mod:`peft_xmask.pool.common`.
@@ -91,7 +91,7 @@ class PoolSlice(nn.Module):
         return (self.nbytes - common) // int(self.down.shape[0]) + (0 if self.common_inside else common)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PoolSlice:
-        """Share the tensors: a frozen pool is held once however often a model is copied."""
+        """Share the tensors: a frozen pool is held once, however often a model is copied."""
         twin = PoolSlice(
             self.down, self.up, self.down_bias, self.up_bias,
             origin=self.origin, common=copy.deepcopy(self.common, memo), common_inside=self.common_inside,

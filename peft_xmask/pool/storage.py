@@ -98,7 +98,7 @@ def _checks_of(facts: Mapping[str, Any]) -> Mapping[str, _Check]:
 
 
 def write_pool(folder: Path, adapters: RandomAdapters | TrainedAdapters, common: CommonPart | None = None) -> None:
-    """Write a pool. Each file is replaced whole, ``pool.json`` last; a mixture of two pools is refused when it is read.
+    """Write a pool. Each file is replaced as a whole, ``pool.json`` last; readers reject a mixture of two pools.
 
     Raises:
         ConfigError: ``folder`` is a file.
@@ -157,8 +157,8 @@ def read_pool(folder: Folder, dtype: torch.dtype | None) -> tuple[RandomAdapters
     """Read a pool and its common part, and check all of it.
 
     Args:
-        folder: where it lies.
-        dtype: to hold the tensors in; None: as stored.
+        folder: the pool's folder.
+        dtype: dtype to hold the tensors in; None: as stored.
 
     Raises:
         FileFormatError: a field, the file's size or digest, or a tensor's name, shape or dtype is not as documented.
@@ -303,7 +303,7 @@ def _forms_of(facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[t
 
 
 def _held(facts: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch.dtype) -> TrainedAdapters:
-    """The pool in ``dtype``, on the tensors that another load of the same file already gave, if any."""
+    """The pool in ``dtype``. Reuses the tensors of an earlier load of the same file, if there are any."""
     digest = facts["file_sha256"]
     keys = [(digest, dtype, name) for name in tensors]
     held = hold(keys, lambda missing: [tensors[key[2]].to(dtype) for key in missing])
@@ -345,7 +345,7 @@ def upload_pool(
     revision: str | None,
     commit_message: str | None,
 ) -> tuple[str, str]:
-    """Create a Hub repository if need be and upload a pool; the address of the commit, and the pool's name there.
+    """Create a Hub repository if needed and upload a pool; return the commit's address and the pool's name there.
 
     Raises:
         ConfigError: there is no token, or it may not write to the repository.

@@ -1,4 +1,4 @@
-"""A down- and an up-projection as they come from a file, checked and with the scale folded in."""
+"""Down- and up-projections read from files, checked, with the scale folded in."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ def site_of_projections(
     """One adapter at one site.
 
     Args:
-        where: for errors: site and folder.
+        where: site and folder, for error messages.
         parts: ``down.weight [b, d_in]``, ``up.weight [d_out, b]`` and, with ``bias``, ``down.bias [b]``,
             ``up.bias [d_out]``.
         bottleneck_size: b.
-        bias: whether there must be biases.
+        bias: whether biases are required.
         scale: a number, or a tensor of shape ``[1]`` or ``[d_out]``.
 
     Raises:
-        FileFormatError: a part is missing, there are others, or their shapes do not fit.
+        FileFormatError: a part is missing or unexpected, or a shape is wrong.
     """
     names = {"down.weight", "up.weight", *(("down.bias", "up.bias") if bias else ())}
     if set(parts) != names:
@@ -73,7 +73,7 @@ class SiteTensors:
     up_bias: Tensor | None = None
 
     def parts(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that are there, with their names."""
+        """The tensors that exist, by name."""
         for name in PARTS:
             tensor = getattr(self, name)
             if tensor is not None:
@@ -92,11 +92,11 @@ class SiteTensors:
 
 @dataclass(frozen=True)
 class TrainedAdapter:
-    """One adapter as it was read.
+    """One adapter, as read from its files.
 
     Attributes:
         source: folder name or Hub id.
-        facts: what must agree for adapters to be mixed, by name, in words a user knows.
+        facts: properties that must agree before adapters can be mixed, by name.
         sites: by module name.
         insertion_form, activation, layer_norm: how the adapter is applied.
     """
@@ -117,8 +117,8 @@ class TrainedAdapters:
         kind: ``"lora"`` or ``"bottleneck"``.
         sites: stacked tensors by module name, sorted by name.
         sources: names of the N adapters.
-        norms: 2-norm of each tensor as it was when the pool was made, before any cast, to six digits.
-        identity: decides the numbers; equal only for tensors that are equal.
+        norms: 2-norm of each tensor when the pool was created, before any cast, to six digits.
+        identity: equal only for equal tensors.
         mask_weighting: of masks over them: ``"mean"``, or ``"signed"`` for deviations from a common adapter.
     """
 
@@ -167,7 +167,7 @@ class TrainedAdapters:
     def fingerprint(self) -> str:
         """Of how the adapters are applied, site names, shapes, the sign bits of all values, and the norms.
 
-        Signs see other adapters, norms the same ones at another scale; a cast changes neither.
+        Signs detect other adapters and norms another scale; a cast changes neither.
         """
         parts = [f"{self.kind} {self.insertion_form} {self.activation} {self.layer_norm} {self.norms}".encode()]
         for name, tensor in self.tensors():
@@ -181,7 +181,7 @@ class TrainedAdapters:
                 yield f"{name}.{part}", tensor
 
     def norm_differs_at(self) -> str | None:
-        """Name of a tensor whose norm is not the recorded one, by more than a cast can explain; None if all agree."""
+        """Name of a tensor whose norm differs from the recorded one by more than a cast explains; None if all agree."""
         for (name, tensor), norm in zip(self.tensors(), self.norms, strict=True):
             if not math.isclose(norm_of([tensor]), norm, rel_tol=NORM_TOLERANCE, abs_tol=NORM_TOLERANCE):
                 return name
@@ -208,16 +208,16 @@ class TrainedAdapters:
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:
-    """2-norm of all numbers together, to six digits."""
+    """2-norm of all values together, to six digits."""
     return float(f"{math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors)):.6g}")
 
 
 class _Unique:
-    """Equal to itself alone: the identity of tensors that were made in this process."""
+    """Equal only to itself: the identity of tensors created in this process."""
 
 
 def stack(kind: str, adapters: Sequence[TrainedAdapter], dtype: torch.dtype | None) -> TrainedAdapters:
-    """Stack adapters that agree.
+    """Stack adapters that agree in form, sites and rank.
 
     Args:
         kind: of the pool.
@@ -225,8 +225,8 @@ def stack(kind: str, adapters: Sequence[TrainedAdapter], dtype: torch.dtype | No
         dtype: to store them in; None: the adapters' own if they agree on one, else float32.
 
     Raises:
-        ConfigError: no adapters, adapters that differ (each difference is listed), values that are not finite, or up-
-            projections that are all zero.
+        ConfigError: there are no adapters, they differ (the message lists each difference), values are not finite, or
+            all up-projections are zero.
     """
     if not adapters:
         raise ConfigError("Expected at least one adapter to make a pool of, found none.")

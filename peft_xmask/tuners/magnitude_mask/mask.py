@@ -1,12 +1,12 @@
-"""Which numbers of a base are trained: a function of the base alone.
+"""Select which weights of a base are trained, as a function of the base alone.
 
 Magnitudes are ordered by ``(|w|, position)``, position being (parameter, flat index). They are compared in one dtype
 for the whole model: the coarsest that a targeted parameter has. Rounding to a coarser dtype never swaps two magnitudes,
-it only makes some equal: so a base that is loaded in a coarser dtype than the mask was made in shows the same mask,
-except among the magnitudes that equal the threshold. Which of these were chosen is what has to be told, a bit for each.
+it only makes some equal. So a base that is loaded in a coarser dtype gives the same mask, except among the magnitudes
+that equal the threshold. For each of these, one bit records whether it was selected.
 
-Parameters that share no threshold are looked at one module after another. Those of the whole model that share one are
-read several times, one after another, rather than held together: they may be dequantised for it.
+Parameters with separate thresholds are processed one module at a time. If the whole model shares one threshold, the
+parameters are read several times, one after another, instead of being held together, since they may be dequantised.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _NO_KEY = -1
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parameter that takes part.
+    """A parameter that takes part in the selection.
 
     Attributes:
         owner: name of its module; the parameters of one module have one threshold with ``scope="module"``.
@@ -62,7 +62,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a mask is chosen; the fields are those of :class:`~peft_xmask.MagnitudeMaskConfig`."""
+    """How weights are selected; the fields are those of :class:`~peft_xmask.MagnitudeMaskConfig`."""
 
     density: float
     selection: str = "smallest"
@@ -89,14 +89,14 @@ class Mask:
 
 
 def make_mask(candidates: Sequence[Candidate], rule: Rule, dtype: str | None = None, *, tell_ties: bool = True) -> Mask:
-    """Choose a mask on a base.
+    """Select a mask on a base.
 
     Args:
-        dtype: in which magnitudes are compared; None: the coarsest that a candidate has.
-        tell_ties: whether the mask is to say what the base would need to know in another dtype.
+        dtype: dtype in which magnitudes are compared; None: the coarsest dtype of a candidate.
+        tell_ties: whether to record the ties that other dtypes of the base need.
 
     Raises:
-        TargetError: parameters with one threshold in which the density leaves nothing.
+        TargetError: the density selects no weight.
     """
     dtype = dtype or coarsest_dtype(candidates)
     chosen: dict[int, Tensor] = {}
@@ -122,13 +122,13 @@ def make_mask(candidates: Sequence[Candidate], rule: Rule, dtype: str | None = N
 def recover_mask(
     candidates: Sequence[Candidate], rule: Rule, *, dtype: str, ties: Mapping[str, str], fingerprint: str
 ) -> Mask:
-    """Choose the mask again that was chosen on the same base, which may be loaded in another dtype now.
+    """Recompute a mask on the same base, which may now be loaded in another dtype.
 
     Args:
         dtype, ties, fingerprint: of the mask, see :class:`Mask`.
 
     Raises:
-        MaskMismatchError: the mask of this base is another one.
+        MaskMismatchError: this base gives another mask.
         TargetError: see :func:`make_mask`.
     """
     here = coarsest_dtype(candidates)
@@ -165,7 +165,7 @@ def _mask(candidates: Sequence[Candidate], chosen: Sequence[Tensor], dtype: str,
 
 
 def _groups(candidates: Sequence[Candidate], rule: Rule) -> list[list[int]]:
-    """Numbers of the candidates that share a threshold."""
+    """Groups of candidates that share a threshold."""
     groups: dict[str, list[int]] = {}
     for i, candidate in enumerate(candidates):
         groups.setdefault(candidate.owner if rule.scope == "module" else "", []).append(i)
@@ -173,7 +173,7 @@ def _groups(candidates: Sequence[Candidate], rule: Rule) -> list[list[int]]:
 
 
 def _keys(candidate: Candidate, rule: Rule, *dtypes: str) -> Tensor:
-    """For each number an int32: the lower, the sooner it is chosen; negative for one that takes no part."""
+    """One int32 per weight: lower keys are selected first; negative keys are excluded."""
     if rule.selection == "random":
         keys = torch.zeros(candidate.shape, dtype=torch.int32, device=candidate.device)
     else:

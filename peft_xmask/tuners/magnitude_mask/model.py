@@ -23,7 +23,7 @@ from .quantised import QuantisedMaskLayer, dequantised_weight, is_quantised
 
 
 class MagnitudeMaskModel(InPlaceTuner):
-    """Trains the numbers of smallest magnitude of the targeted modules.
+    """Trains the smallest weights of the targeted modules.
 
     Made by ``get_peft_model(model, MagnitudeMaskConfig(...))``.
     """
@@ -74,7 +74,7 @@ class MagnitudeMaskModel(InPlaceTuner):
         adapter_name: str,
         combination_type: str = "avg",
     ) -> None:
-        """Add an adapter whose values are a weighted sum of others'. They share a mask, so nothing is approximated.
+        """Add an adapter whose values are a weighted sum of others'. They share a mask, so the sum is exact.
 
         Args:
             adapters: names of adapters.
@@ -83,8 +83,8 @@ class MagnitudeMaskModel(InPlaceTuner):
             combination_type: ``"avg"`` (the weights are divided by their sum) or ``"linear"``.
 
         Raises:
-            ConfigError: an adapter that does not exist, a name that is taken, or weights that cannot be.
-            MaskMismatchError: adapters of different masks.
+            ConfigError: an adapter does not exist, the new name is taken, or the weights are invalid.
+            MaskMismatchError: the adapters have different masks.
         """
         unknown = [name for name in adapters if name not in self.peft_config]
         if unknown or adapter_name in self.peft_config:
@@ -119,7 +119,7 @@ class MagnitudeMaskModel(InPlaceTuner):
         return QuantisedMaskLayer(target) if is_quantised(target) else MagnitudeMaskLayer(target)
 
     def _check_merge_allowed(self) -> None:
-        """Refuse to merge into a quantised weight, before any weight is touched."""
+        """Reject merging into a quantised weight, before any weight is changed."""
         super()._check_merge_allowed()
         for name, module in self.model.named_modules():
             if isinstance(module, QuantisedMaskLayer):

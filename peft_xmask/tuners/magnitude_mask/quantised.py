@@ -1,4 +1,4 @@
-"""Magnitude-masked values of a quantised linear module: a sparse path beside the weight, which stays as it is.
+"""Magnitude-masked values of a quantised linear module: a sparse path beside the unchanged weight.
 
 ```
 y = module(x) + x delta^T,    delta [out, in] with n numbers
@@ -23,13 +23,13 @@ from .layer import MagnitudeMaskLayer
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module's weight is stored as something else than plain numbers."""
+    """Whether a module's weight is quantised."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and (not weight.is_floating_point() or quantisation_backend(module) is not None)
 
 
 def dequantised_weight(name: str, module: nn.Module) -> Tensor:
-    """The numbers that a quantised module's weight stands for, in the dtype that it dequantises to.
+    """The dequantised weight of a module, in the dtype that it dequantises to.
 
     Raises:
         TargetError: they cannot be read.
@@ -98,7 +98,7 @@ class QuantisedMaskLayer(MagnitudeMaskLayer):
         """Do nothing: the weight is never written into."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused.
+        """Not supported.
 
         Raises:
             MergeError: always.

@@ -1,4 +1,4 @@
-"""Random positions that are the same everywhere, for masks that are chosen by a seed."""
+"""Random positions that are the same on every machine, for masks selected by a seed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def distinct(count: int, below: int, *, seed: int, stream: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """``count`` different whole numbers from 0 to ``below - 1``, ascending, drawn without preference.
+    """``count`` distinct integers from 0 to ``below - 1``, ascending, drawn uniformly.
 
     Drawn from the raw bits of NumPy's Philox generator, which never change, with the key ``(seed, stream)``.
     """

@@ -18,21 +18,21 @@ STORAGE_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class WeightAdapterConfig(TargetConfig):
-    """An adapter that reads the base's own numbers: ``b' = b + s f(b D + c) U`` and ``W' = W + s f(W D + c) U``.
+    """An adapter over the base's own parameters: ``b' = b + s f(b D + c) U`` and ``W' = W + s f(W D + c) U``.
 
-    ``D``, ``U`` and ``c`` are trained; saved is the change that they make, one number for each number of the bias or
-    weight, whatever ``r`` is. In inference the base computes with ``b'`` or ``W'`` in place of its own.
+    ``D``, ``U`` and ``c`` are trained. The file holds the change that they make, of the shape of the bias or weight,
+    whatever ``r`` is. In inference the base computes with ``b'`` or ``W'`` instead of its own.
 
     Args:
         target: ``"bias"``, ``"weight"`` or ``"both"``: the biases of the targeted modules, their weights, or their
-            weights and such biases as there are.
+            weights and the biases that exist.
         r: width of ``f(b D + c)``: ``D`` is ``[d, r]``, ``U`` is ``[r, d]``, d the length of a bias or of a row of a
             weight.
         activation: f, one of ``peft_xmask.core.adapter.ACTIVATIONS``.
         scale: s.
         dropout: probability of zeroing a number of ``f(b D + c)`` in training; drawn once per optimizer step.
-        adapter_bias: whether there is a ``c``. None: where the bias or weight is all zero, which ``f(0 D)`` could not
-            move.
+        adapter_bias: whether to train ``c``. None: only where the bias or weight is all zero, since ``f(0 D)`` would
+            never change it.
         storage_dtype: dtype of what is saved; None: ``"float32"``. With ``"bfloat16"`` or ``"float16"`` the change is
             rounded wherever it is used, in training too, so that a file gives exactly what was evaluated.
         init_weights: True: ``U`` starts at zero, which is the base model. False: at random, for tests.

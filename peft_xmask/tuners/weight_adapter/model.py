@@ -168,7 +168,7 @@ def _refuse_missing_biases(config: WeightAdapterConfig, found: list[tuple[str, n
 
 
 def _refuse_other_weights(config: WeightAdapterConfig, found: list[tuple[str, nn.Module]]) -> None:
-    """Weights that are not plain numbers cannot be read by an adapter, or written into."""
+    """Reject quantised and sharded weights, which an adapter can neither read nor write."""
     for name, layer in found if config.target != "bias" else ():
         weight = getattr(layer, "weight", None)
         if isinstance(weight, Tensor) and not (

@@ -43,10 +43,10 @@ class XPEFTConfig(SiteConfig):
     Args:
         pool: None for a random pool (made from the three fields below); a saved pool's folder or Hub id; or an
             :class:`~peft_xmask.AdapterPool`.
-        num_adapters: N of a random pool. Of another pool, it is read from the pool.
-        bottleneck_size: b of a random pool, likewise.
+        num_adapters: N of a random pool; read from the pool otherwise.
+        bottleneck_size: b of a random pool; read from the pool otherwise.
         pool_seed: seed of a random pool: the pool *is* its seed.
-        pool_dtype: what a random pool is held in: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        pool_dtype: dtype of a random pool in memory: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         mask_type: ``"hard"``: exactly ``top_k`` of N, one bit each; ``"soft"``: softmax weights, two bytes each.
         top_k: adapters in a hard mask; None: ``max(1, N // 2)``.
         scale: the gain g, or where it starts. None: ``min(0.3, 40 / N)`` for a random pool, whose output then starts at
