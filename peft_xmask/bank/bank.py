@@ -1,4 +1,4 @@
-"""Very many profiles of one pool and base, in one folder."""
+"""A bank: many profiles of one pool and base, in one folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ProfileBank(BankRows):
     removing change the bank in memory, at a cost that does not depend on how many profiles there are;
     :meth:`save_pretrained` writes them.
 
-    Arguments and errors are those of :class:`~peft_xmask.bank.rows.BankRows`.
+    :class:`~peft_xmask.bank.rows.BankRows` documents the arguments and their errors.
     """
 
     @classmethod
@@ -52,7 +52,7 @@ class ProfileBank(BankRows):
 
         Raises:
             ConfigError: no such folder or repository.
-            FileFormatError: files that are missing or damaged, or do not belong together.
+            FileFormatError: a missing or damaged file.
         """
         stored = open_bank(find_folder(where, FILENAMES, HubOptions(revision, token, cache_dir), subfolder))
         bank = cls._of(stored.config, stored.content)
@@ -66,7 +66,7 @@ class ProfileBank(BankRows):
 
     @classmethod
     def from_model(cls, model: Any, names: Sequence[str | int] | None = None) -> ProfileBank:
-        """A bank of what a model's active X-PEFT adapter holds now.
+        """A bank of the profiles that a model's active X-PEFT adapter holds now.
 
         Args:
             names: of its rows, in order: strings or whole numbers; None: ``"0"``, ``"1"`` and so on.
@@ -93,10 +93,11 @@ class ProfileBank(BankRows):
 
     @classmethod
     def from_profiles(cls, profiles: Mapping[Any, str | os.PathLike[str] | nn.Module]) -> ProfileBank:
-        """A bank of adapters of one profile each: folders, or models that hold one.
+        """A bank made of adapters with one profile each, given as folders or as models.
 
         Raises:
-            ConfigError, BaseMismatchError, PoolMismatchError: there is none, or they do not belong together.
+            ConfigError: no profiles, or profiles with other settings or another head than the first.
+            BaseMismatchError, PoolMismatchError: a profile of another base or pool than the first.
         """
         if not profiles:
             raise ConfigError("Expected at least one profile to make a bank of, found none.")
@@ -114,14 +115,14 @@ class ProfileBank(BankRows):
         )
 
     def add(self, name: str | int, profile: Profile | str | os.PathLike[str] | nn.Module) -> None:
-        """Enter a profile, or put another one in the place of that of this name.
+        """Add a profile, or replace the one with this name.
 
         Args:
-            profile: masks; or the folder of an adapter with one profile, or a model that has one (its active adapter),
-                whose pool, base and settings must be those of the bank. A head that comes with it must be the bank's.
+            profile: its masks; or an adapter with one profile, as a folder or as the active adapter of a model. The
+                adapter must have the pool, base, settings and head of the bank.
 
         Raises:
-            ConfigError: a name that cannot be, several profiles, other settings, or another head.
+            ConfigError: an invalid name, several profiles, other settings, or another head.
             BaseMismatchError, PoolMismatchError, MaskFormatError: it does not belong here.
         """
         if not isinstance(profile, Profile):
@@ -144,13 +145,13 @@ class ProfileBank(BankRows):
         return ProfileBank(config, content.bits, content.gain_bits, wanted, content.shared, content.offset_bits)
 
     def similar(self, name: str, count: int = 10) -> list[Neighbour]:
-        """The profiles whose masks differ from those of one in the fewest bits: nearest first, equals in bank order.
+        """The profiles nearest to one profile, by the number of bits in which their masks differ.
 
-        Every profile is compared, in blocks; gains are not.
+        Compares every profile, in blocks. Gains do not count. Profiles at the same distance come in the bank's order.
 
         Args:
-            name: of the profile whose neighbours are wanted; it is not one of them.
-            count: of neighbours.
+            name: the profile whose neighbours to find; it is not among them.
+            count: how many neighbours to return.
 
         Raises:
             KeyError: no such profile.
@@ -159,7 +160,7 @@ class ProfileBank(BankRows):
         return similar(self, name, count)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the bank, also over itself: whoever holds the old one goes on with it, and a crash leaves it whole.
+        """Write the bank, also over itself. Readers of the old bank keep it, and a crash leaves the old or the new one.
 
         Raises:
             LockedError: another process is writing there.
@@ -183,8 +184,8 @@ class ProfileBank(BankRows):
                 a name in two banks is refused.
 
         Raises:
-            ConfigError: no banks, a name in two of them, other settings, or other heads.
-            BaseMismatchError, PoolMismatchError: they do not belong together.
+            ConfigError: no banks, a name in two of them, or banks that differ in their settings or heads.
+            BaseMismatchError, PoolMismatchError: banks of different bases or pools.
             LockedError: another process is writing there.
         """
         opened = [bank if isinstance(bank, ProfileBank) else cls.from_pretrained(bank) for bank in banks]
@@ -279,26 +280,27 @@ class ProfileBank(BankRows):
         """Serve the bank: an X-PEFT adapter of P rows, whose masks stay where the bank has them.
 
         Then ``model.set_profile("alice")`` chooses for whole batches, ``adapter_names=["alice", "bob", "__base__"]``
-        for each example. Names are those of this moment: profiles added to the bank later are not known to the model.
+        for each example. Profiles added to the bank later are not visible to the model; see :meth:`replace`.
 
         Args:
-            model: the base, or a PeftModel on it that does not have an adapter of this name.
+            model: the base, or a PeftModel on it without an adapter of this name.
 
         Raises:
-            ConfigError: an adapter of this name exists, or the bank is empty.
-            BaseMismatchError, PoolMismatchError: the bank is of another base or pool.
+            ConfigError: an adapter of this name exists, the bank is empty, or the base lacks the head that the
+                profiles share.
+            BaseMismatchError, PoolMismatchError: the bank belongs to another base or pool.
         """
         self._refuse_empty()
         return serve(model, adapter_name, self.config, self.content())
 
     def replace(self, model: PeftModel, adapter_name: str = "bank") -> None:
-        """Serve this bank in the place of the one that an adapter of the model serves, at the same cost for any P.
+        """Serve this bank instead of the one that an adapter of the model serves. The cost does not depend on P.
 
-        To be called between forward passes. A profile that was chosen with ``set_profile`` has to be chosen again.
+        Call it between forward passes, then choose the profile again if it was chosen with ``set_profile``.
 
         Raises:
-            ConfigError: the adapter serves no bank, or this one is empty or has other settings or another head.
-            BaseMismatchError, PoolMismatchError: it is of another base or pool.
+            ConfigError: the adapter serves no bank, or this bank is empty or has other settings or another head.
+            BaseMismatchError, PoolMismatchError: this bank belongs to another base or pool.
         """
         self._refuse_empty()
         old = served_content(model, adapter_name)

@@ -1,4 +1,4 @@
-"""What one bank has and another has not."""
+"""The difference between two banks."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ FIELDS = (
     "base_model_name_or_path", "base_fingerprint", "pool_fingerprint", "num_adapters", "bottleneck_size", "mask_type",
     "top_k", "mask_weighting", "scale", "learn_gain", "activation", "layer_norm", "insertion_form",
 )  # fmt: skip
-"""Settings that are compared."""
+"""Settings to compare."""
 
 
 class Change(NamedTuple):
-    """A profile that both banks have, and that is not the same in both.
+    """A profile that differs between two banks.
 
     Attributes:
         name: of the profile.
-        bits: of its masks that differ.
-        gains: that differ.
-        offsets: that differ.
+        bits: number of mask bits that differ.
+        gains: number of gains that differ.
+        offsets: number of offsets that differ.
     """
 
     name: str
@@ -40,15 +40,15 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """What differs between two banks.
+    """The difference between an old and a new bank. Their order of profiles does not matter.
 
     Attributes:
-        added: names that only the new one has.
-        removed: names that only the old one has.
-        changed: profiles that differ, in the order of the new one.
-        unchanged: how many profiles are the same.
-        settings: fields of the configs that differ, with the old and the new value.
-        same_shared: whether the head that all profiles share is the same.
+        added: names that only the new bank has.
+        removed: names that only the old bank has.
+        changed: profiles that differ, in the order of the new bank.
+        unchanged: number of profiles that are the same.
+        settings: config fields that differ, with the old and the new value.
+        same_shared: whether both banks share the same head.
     """
 
     added: tuple[str, ...]
@@ -59,7 +59,7 @@ class Difference:
     same_shared: bool
 
     def __bool__(self) -> bool:
-        """Whether there is a difference; the order of profiles is none."""
+        """Whether the banks differ."""
         return bool(self.added or self.removed or self.changed or self.settings or not self.same_shared)
 
 
@@ -95,7 +95,7 @@ def compare_banks(old: ProfileBank, new: ProfileBank) -> Difference:
 
 
 def _changes(old: ProfileBank, new: ProfileBank, names: list[str], pairs: Tensor) -> tuple[Change, ...]:
-    """Profiles that differ. Shapes: ``pairs [C, 2]``, the rows of each name in both banks."""
+    """Profiles that differ. Shapes: ``pairs [C, 2]``, the row of each name in the old and the new bank."""
     before, after = old.content(), new.content()
     bits = _differing(before.bits, after.bits, pairs)
     gains, offsets = (
@@ -107,7 +107,7 @@ def _changes(old: ProfileBank, new: ProfileBank, names: list[str], pairs: Tensor
 
 
 def _differing(old: Tensor, new: Tensor, pairs: Tensor, whole: bool = False) -> Any:
-    """How many bits differ in each pair of rows, or how many half-precision numbers. Long ``[C]``."""
+    """Number of bits, or with ``whole`` of half-precision numbers, that differ in each pair of rows. Long ``[C]``."""
     parts = [np.empty(0, dtype=np.int64)]
     for first, second in zip(in_blocks(old, pairs[:, 0]), in_blocks(new, pairs[:, 1]), strict=True):
         one, other = as_rows(first), as_rows(second)

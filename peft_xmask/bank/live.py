@@ -2,8 +2,8 @@
 
 SQLite, because Python brings it, a commit is on disk when it returns, a killed process loses nothing that was
 committed, and readers never wait for writers (write-ahead log). LMDB reads faster, but is one more dependency, needs
-its size limited in advance, and a crashed reader holds pages back. A profile is read in tens of microseconds either
-way, next to milliseconds of a forward pass. See docs/bank-format.md.
+its size limited in advance, and a crashed reader holds pages back. Speed does not decide: reading and checking a
+profile takes half a millisecond, most of it for the check. See docs/bank-format.md.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class LiveBank:
         """Open a live bank.
 
         Raises:
-            ConfigError: there is none in this folder.
+            ConfigError: the folder holds no live bank.
             FileFormatError: it is damaged, or of a later version.
         """
         path = Path(folder) / LIVE_FILE
@@ -167,7 +167,7 @@ class LiveBank:
         return ProfileBank(config, bits, gain_bits, wanted, self.kind.shared, offset_bits)
 
     def put(self, name: str | int, profile: Profile) -> int:
-        """Enter a profile, or replace the one of this name. It is on disk when this returns.
+        """Add a profile, or replace the one with this name. It is on disk when this returns.
 
         Returns:
             The bank's new version.
@@ -180,7 +180,7 @@ class LiveBank:
         return self.put_all({as_name(name): profile})
 
     def put_all(self, profiles: Mapping[str, Profile]) -> int:
-        """Enter several profiles at once: all of them, or none if something fails. Returns the new version."""
+        """Add several profiles in one transaction: all of them or, on an error, none. Returns the new version."""
         rows = []
         for name, profile in profiles.items():
             key = check_name(as_name(name))
@@ -197,7 +197,7 @@ class LiveBank:
             return self._changed(connection, len(rows) - before)
 
     def delete(self, name: str | int) -> int:
-        """Forget a profile. Its bytes are overwritten with zeros. Returns the bank's new version.
+        """Remove a profile and overwrite its bytes in the database with zeros. Returns the bank's new version.
 
         Raises:
             KeyError: no such profile.
@@ -257,7 +257,7 @@ class LiveBank:
         return ProfileBank.from_pretrained(folder)
 
     def problems(self) -> Iterator[tuple[str | None, str]]:
-        """What is wrong, with the name of the profile it is in: every page, checksum and row is looked at."""
+        """Check every page, checksum and row. Yields the name of the profile, if any, and the problem."""
         for (text,) in self._all("PRAGMA integrity_check"):
             if text != "ok":
                 yield None, f"The database is damaged: {text}"
@@ -419,6 +419,7 @@ def _build(path: Path, bank: ProfileBank) -> None:
                 )
             connection.execute("UPDATE state SET profiles = ?", (len(order),))
             connection.execute("COMMIT")
+            connection.execute("PRAGMA journal_mode = WAL")  # kept in the file, so that no reader has to change it
         finally:
             connection.close()
 

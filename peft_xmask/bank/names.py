@@ -1,8 +1,8 @@
-"""Names of profiles and the rows they stand for: an index that is looked up where it lies on disk.
+"""Names of profiles, and an index that finds the row of a name in a mapped file.
 
-For row i, ``names[ends[i - 1] : ends[i]]`` is its name in UTF-8. ``hashes`` are those of all names in ascending order,
-``rows`` the row of each. The hash of a name is the first eight bytes of its BLAKE2b (digest size 8), little-endian,
-signed.
+``names[ends[i - 1] : ends[i]]`` is the name of row i in UTF-8. ``hashes`` holds the hashes of all names in ascending
+order, and ``rows`` the row of each hash. The hash of a name is the first eight bytes of its BLAKE2b (digest size 8),
+little-endian, signed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..errors import ConfigError, FileFormatError
 
 BASE = "__base__"
-"""What PEFT calls no adapter at all, and so no name of a profile."""
+"""PEFT's word for "no adapter", so a profile cannot have this name."""
 
 MAX_BYTES = 1024
 TENSORS: Mapping[str, torch.dtype] = {
@@ -73,7 +73,7 @@ def check_name(name: object) -> bytes:
 
 
 class NameIndex:
-    """Names in the order of their rows. Looking one up touches a few pages of the file, whatever their number.
+    """Names in the order of their rows. Looking one up reads a few pages of the file, however many names there are.
 
     Args:
         tensors: by name, as in :data:`TENSORS`; all but ``names`` of length P.

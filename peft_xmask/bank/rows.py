@@ -1,4 +1,4 @@
-"""The rows of a bank: masks, gains, offsets and names where its files have them, and what was edited since."""
+"""The rows of a bank: masks, gains, offsets and names, mapped from its file, and later edits in memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _CHECKED = 4096  # rows that are checked at once
 
 
 class BankRows:
-    """Profiles by name, in order, with what they have in common.
+    """Profiles by name, in order, and the config and head that they share.
 
-    Adding and removing change nothing that is stored, at a cost that does not depend on how many profiles there are.
+    Edits stay in memory, at a cost that does not depend on the number of profiles.
 
     Args:
         config: of the profiles: pool, sizes, fingerprints.
@@ -80,7 +80,7 @@ class BankRows:
         return isinstance(found, str) and (found in self._added or self._row(found) is not None)
 
     def __iter__(self) -> Iterator[str]:
-        """Names: those of the file in its order, then those that were added."""
+        """Names of the file in its order, then names that were added."""
         yield from (name for name in self._index if name not in self._removed)
         yield from self._added
 
@@ -116,7 +116,7 @@ class BankRows:
         return None if self._stored.offset_bits is None else self._stored.offset_bits.shape[1] // 2
 
     def put(self, name: str | int, profile: Profile) -> None:
-        """Enter a profile, or replace the one of this name.
+        """Add a profile, or replace the one with this name.
 
         Raises:
             ConfigError: an invalid name.
@@ -130,7 +130,7 @@ class BankRows:
         self._added[name] = profile
 
     def remove(self, name: str | int) -> None:
-        """Forget a profile.
+        """Remove a profile.
 
         Raises:
             KeyError: no such profile.
@@ -191,7 +191,7 @@ class BankRows:
         return Content(bits, gain_bits, self.shared, None, offset_bits)
 
     def content(self) -> Content:
-        """The profiles as they are now: where the file has them or, if the bank was edited since, copied together."""
+        """All profiles. Without edits these are the mapped rows of the file; with edits, a copy."""
         bits, gain_bits, offset_bits = self._stored.tensors
         if self._added or self._removed:
             bits, gain_bits, offset_bits = (
@@ -202,7 +202,7 @@ class BankRows:
         return Content(bits, gain_bits, self.shared, self.name_index(), offset_bits)
 
     def blocks(self, key: str = BITS) -> Iterator[Tensor]:
-        """Rows of a tensor, in the order of the bank, some megabytes at a time.
+        """Rows of one tensor, in the order of the bank, a few megabytes at a time.
 
         Args:
             key: which one, by its name in a file: masks ``[rows, 2, S, W]``, gains ``[rows, S, 2]`` or offsets.
@@ -223,7 +223,7 @@ class BankRows:
         return self._index.name(place if kept is None else int(kept[place]))
 
     def name_index(self) -> NameIndex:
-        """The names as they are now."""
+        """The names, edits included."""
         return NameIndex.build(self) if self._added or self._removed else self._index
 
     def row_keys(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which profiles are alike: by the number of bits in which their masks differ."""
+"""Similar profiles: those whose masks differ in few bits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ..errors import ConfigError
 from ..tuners.base.config import require_positive
 from .rows import BankRows
 
-_BLOCK = 1 << 18  # bytes of rows that are compared at once: they stay in a core's cache
+_BLOCK = 1 << 18  # bytes of rows to compare at once: they fit into a core's cache
 
 
 class Neighbour(NamedTuple):
-    """A profile, and in how many bits its masks differ from those of another.
+    """A profile, and the number of bits in which its masks differ from another profile's.
 
-    Half of them is how many choices differ: each mask chooses exactly k adapters.
+    Every mask chooses exactly k adapters, so half of that number is how many choices differ.
     """
 
     name: str
@@ -31,7 +31,7 @@ def similar(bank: BankRows, name: str, count: int) -> list[Neighbour]:
     profile = bank[name]
     require_positive("count", count)
     if bank.spec.mask_type != "hard":
-        raise ConfigError("Expected a bank of hard masks, found soft ones: these do not differ by bits.")
+        raise ConfigError("Expected a bank of hard masks, found soft masks, which have no bits to compare.")
     wanted = as_rows(profile.bits.unsqueeze(0))[0]
     distances = _joined(differing_bits(as_rows(block), wanted) for block in bank.blocks())
     found = (Neighbour(bank.name_at(place), int(distances[place])) for place in _smallest(distances, count + 1))
@@ -39,9 +39,9 @@ def similar(bank: BankRows, name: str, count: int) -> list[Neighbour]:
 
 
 def differing_bits(rows: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """In how many bits rows differ from one other, or each from its own.
+    """The number of bits in which rows differ from one other row, or each from its own.
 
-    Beyond its result it takes the same memory for any number of rows.
+    Apart from the result, memory does not depend on the number of rows.
 
     Shapes: ``rows [R, W]``, ``others [W]`` or ``[R, W]``; returns ``[R]``.
     """
@@ -69,7 +69,7 @@ def _joined(parts: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
 
 
 def _smallest(distances: NDArray[np.int32], count: int) -> list[int]:
-    """Places of the smallest distances, ascending; equal ones in their order."""
+    """Places of the smallest distances, in ascending order; ties in the order of their places."""
     places = np.arange(len(distances))
     if count < len(distances):
         places = np.flatnonzero(distances <= np.partition(distances, count - 1)[count - 1])

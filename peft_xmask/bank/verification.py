@@ -1,4 +1,4 @@
-"""Whether a bank is whole: every row and name of it, in bulk."""
+"""Verification of a bank: checksums, and every row and name, in bulk."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from .similar import differing_bits
 from .storage import FILENAMES, VERSION, StoredBank, in_blocks, open_bank
 
 SHOWN = 20
-"""Problems that are described; all of them are counted."""
+"""How many problems to describe. All of them are counted."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with a bank.
+    """One problem of a bank.
 
     Attributes:
-        text: what was found and what was expected.
-        row: that it is in; None: the bank as a whole.
-        name: of the profile, if it can be read.
+        text: what was expected and what was found.
+        row: the row it is in; None: it concerns the bank as a whole.
+        name: of the profile, if it is readable.
     """
 
     text: str
@@ -56,12 +56,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verification:
-    """What a check of a bank found.
+    """The result of :func:`verify_bank`.
 
     Attributes:
-        profiles: that were checked; None if the bank cannot be opened.
-        total: problems.
-        problems: the first :data:`SHOWN` of them.
+        profiles: number of profiles checked; None if the bank cannot be opened.
+        total: number of problems.
+        problems: the first :data:`SHOWN` problems.
     """
 
     profiles: int | None
@@ -80,7 +80,7 @@ def verify_bank(
         base: to compare with, a model or where one is found; None: the one that the bank's config names.
 
     Raises:
-        ConfigError: there is no such thing.
+        ConfigError: there is no such folder or repository.
     """
     if is_live_bank(where):
         return _verify_live(Path(where))
@@ -119,7 +119,7 @@ def _current_names(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def folder_problems(folder: Folder, stored: StoredBank) -> Iterator[Problem]:
-    """Bytes that changed since they were written, and files that do not belong together."""
+    """Bytes that changed since the bank was written, and a config for PEFT that does not match it."""
     if stored.data_digest is not None and (found := stored.file.data_sha256()) != stored.data_digest:
         yield Problem(
             f"Expected tensors of SHA-256 {stored.data_digest} in {ADAPTER_FILE}, found {found}. Bytes changed since "
@@ -146,7 +146,7 @@ def folder_problems(folder: Folder, stored: StoredBank) -> Iterator[Problem]:
 
 
 def belonging_problems(bank: ProfileBank, base: str | os.PathLike[str] | nn.Module | None) -> Iterator[Problem]:
-    """Another pool or base than the profiles were trained on. Both are loaded."""
+    """Load the pool and the base, and compare them with those that the profiles were trained on."""
     config = copy.copy(bank.config)
     config.num_profiles, config.inference_mode = 1, True
     try:
@@ -174,7 +174,7 @@ def _load_base(config: XPEFTConfig, where: str | os.PathLike[str] | None) -> nn.
 
 
 def bank_problems(bank: ProfileBank) -> Iterator[Problem]:
-    """What is wrong with the rows and names of a bank, and with the head that all share."""
+    """Problems of the rows and names of a bank, and of the head that its profiles share."""
     for name, tensor in bank.shared.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             yield Problem(f"Expected finite numbers in the shared tensor '{name}', found NaN or infinity.")
@@ -191,7 +191,7 @@ def bank_problems(bank: ProfileBank) -> Iterator[Problem]:
 
 
 def mask_problems(spec: MaskSpec, bits: Tensor) -> Iterator[tuple[int | None, str]]:
-    """Rows whose masks are not of the kind that is said, and how.
+    """Rows with invalid masks, and what is wrong with each.
 
     Shapes: ``bits [P, 2, S, W]``.
     """
@@ -223,7 +223,7 @@ def number_problems(what: str, halves: Tensor | None) -> Iterator[tuple[int | No
 
 
 def name_problems(index: NameIndex) -> Iterator[tuple[int | None, str]]:
-    """What is wrong with names, row by row, and with the order they are looked up in."""
+    """Rows with invalid names, and errors in the index that finds names."""
     tensors = {name: tensor.numpy() for name, tensor in index.tensors.items()}
     ends, rows, hashes = tensors["ends"], tensors["rows"], tensors["hashes"]
     encoded = []
@@ -266,7 +266,7 @@ def _not_a_name(encoded: bytes) -> str | None:
 
 
 def _wrong_hard(masks: NDArray[np.uint8], spec: MaskSpec) -> NDArray[Any]:
-    """``[rows, M, W]`` -> ``[rows, M]``: masks with another number of ones, or ones beyond the last adapter."""
+    """Masks with the wrong number of ones, or ones beyond the last adapter. ``[rows, M, W]`` -> ``[rows, M]``."""
     rows, count, width = masks.shape
     ones = differing_bits(masks.reshape(-1, width), np.zeros(width, dtype=np.uint8)).reshape(rows, count)
     unused = 8 * width - spec.num_adapters

@@ -68,7 +68,7 @@ def build(
 
 @app.command()
 def inspect(bank: Bank, as_json: Json = False) -> None:
-    """Say what a bank is: sizes apart, fingerprints, number of profiles, first names, coding."""
+    """Describe a bank, frozen or live: sizes, fingerprints, number of profiles, first names."""
     facts = describe_bank(bank)
     if as_json:
         print_json(facts)
@@ -349,22 +349,26 @@ def open_bank(where: str) -> ProfileBank:
 
 
 def describe_bank(where: str) -> dict[str, Any]:
-    """Everything ``bank inspect`` can say, as plain data. Only what it prints is read."""
+    """Everything that ``bank inspect`` prints, as plain data. No row is read."""
     from itertools import islice
 
+    from ..bank.live import LiveBank, is_live_bank
+    from ..bank.storage import LIVE_FILE
     from ..core.adapter_folder import ADAPTER_FILE
     from ..pool import AdapterPool
 
-    path, bank = Path(where), open_bank(where)
-    config, content = bank.config, bank.content()
-    assert content.names is not None
-    size = bank.nbytes
+    path = Path(where)
+    live = LiveBank.open(path) if is_live_bank(path) else None
+    bank = live.kind if live is not None else open_bank(where)
+    config, profiles, size = bank.config, live if live is not None else bank, bank.nbytes
+    file = path / (ADAPTER_FILE if live is None else LIVE_FILE)
     files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else []
     return {
-        "kind": "bank",
+        "kind": "bank" if live is None else "live bank",
         "path": where,
-        "profiles": len(bank),
-        "first_names": list(islice(bank, SHOWN)),
+        "version": None if live is None else live.version,
+        "profiles": len(profiles),
+        "first_names": list(islice(profiles, SHOWN)),
         "base_model": config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
         "pool": config.pool or f"random, seed {config.pool_seed}",
@@ -376,18 +380,20 @@ def describe_bank(where: str) -> dict[str, Any]:
         "learn_gain": bank.spec.learn_gain,
         "sizes": {
             "profile_bytes": size,
-            "payload_bytes": size * len(bank),
-            "names_bytes": sum(tensor.nbytes for tensor in content.names.tensors.values()),
+            "payload_bytes": size * len(profiles),
+            "names_bytes": None
+            if live is not None
+            else sum(each.nbytes for each in bank.name_index().tensors.values()),
             "head_bytes": sum(tensor.nbytes for tensor in bank.shared.values()),
             "pool_bytes": AdapterPool.from_pretrained(config.pool).nbytes if isinstance(config.pool, str) else 0,
-            "file_bytes": (path / ADAPTER_FILE).stat().st_size if files else None,
+            "file_bytes": file.stat().st_size if files else None,
             "folder_bytes": sum(each.stat().st_size for each in files) if files else None,
         },
     }
 
 
 def find_adapters(sources: list[str]) -> dict[str, str]:
-    """Adapter folders by the names that their profiles are to have.
+    """Adapter folders by the names for their profiles.
 
     Raises:
         ConfigError: a folder without adapters, or a name twice.

@@ -196,6 +196,7 @@ def upload(
                 folder_path=folder,
                 revision=revision,
                 commit_message=commit_message,
+                ignore_patterns=[".*"],  # locks
                 delete_patterns=[name for name in filenames if name not in written] or None,
             )
     except HfHubHTTPError as error:

@@ -26,27 +26,37 @@ def seconds(call):
     return 1e3 * (time.perf_counter() - start)
 
 
-def measure(folder, bank, rounds):
-    """Milliseconds of each kind of call, names spread over the bank."""
-    start = time.perf_counter()
-    live = LiveBank.create(folder / "live", bank)
-    created = time.perf_counter() - start
-    bank.save_pretrained(folder / "frozen")
-    names, profile = list(bank), bank[next(iter(bank))]
-    times = {kind: [] for kind in KINDS}
-    for turn in range(rounds):
-        name = names[turn * 7919 % len(names)]
-        times["get"].append(seconds(lambda name=name: live.get(name)))
-        times["put"].append(seconds(lambda turn=turn: live.put(f"new {turn}", profile)))
-        times["replace"].append(seconds(lambda name=name: live.put(name, profile)))
-        times["delete"].append(seconds(lambda turn=turn: live.delete(f"new {turn}")))
-    for turn in range(5):
-        edited = ProfileBank.from_pretrained(folder / "frozen")
-        edited.add(f"new {turn}", profile)
-        times["frozen: add and save"].append(seconds(lambda edited=edited: edited.save_pretrained(folder / "frozen")))
-    size = (folder / "live" / "live_bank.sqlite").stat().st_size
-    live.close()
-    return {"create_s": created, "bytes": size, **{kind: Summary.of(each).as_dict() for kind, each in times.items()}}
+class Both:
+    """A live bank and a frozen one with the same profiles."""
+
+    def __init__(self, folder, bank):
+        begin = time.perf_counter()
+        self.live = LiveBank.create(folder / "live", bank)
+        self.create_s = time.perf_counter() - begin
+        self.frozen = folder / "frozen"
+        bank.save_pretrained(self.frozen)
+        self.names, self.profile = list(bank), bank[next(iter(bank))]
+        self.times = {kind: [] for kind in KINDS}
+
+    def turn(self, number):
+        """Measure each kind of call once; names are spread over the bank."""
+        name, new = self.names[number * 7919 % len(self.names)], f"new {number}"
+        self.times["get"].append(seconds(lambda: self.live.get(name)))
+        self.times["put"].append(seconds(lambda: self.live.put(new, self.profile)))
+        self.times["replace"].append(seconds(lambda: self.live.put(name, self.profile)))
+        self.times["delete"].append(seconds(lambda: self.live.delete(new)))
+
+    def save(self, number):
+        edited = ProfileBank.from_pretrained(self.frozen)
+        edited.add(f"new {number}", self.profile)
+        self.times["frozen: add and save"].append(seconds(lambda: edited.save_pretrained(self.frozen)))
+
+    def facts(self):
+        size = (self.live._path).stat().st_size
+        return {
+            "create_s": self.create_s, "bytes": size,
+            **{kind: Summary.of(each).as_dict() for kind, each in self.times.items()},
+        }  # fmt: skip
 
 
 def main():
@@ -55,10 +65,18 @@ def main():
     parser.add_argument("--rounds", type=int, default=100)
     options = parser.parse_args()
     base = BertModel(BertConfig(**SHAPE), add_pooling_layer=False)
-    found = {}
-    for count in (10, options.profiles):
-        with tempfile.TemporaryDirectory() as folder:
-            found[count] = measure(Path(folder), all_different(base, count), options.rounds)
+    with tempfile.TemporaryDirectory() as folder:
+        counts = (10, options.profiles)
+        banks = [Both(Path(folder) / str(count), all_different(base, count)) for count in counts]
+        for number in range(options.rounds):
+            for bank in banks:  # in turn, since others use the disk too
+                bank.turn(number)
+        for number in range(5):
+            for bank in banks:
+                bank.save(number)
+        found = {count: bank.facts() for count, bank in zip(counts, banks, strict=True)}
+        for bank in banks:
+            bank.live.close()
     table = Table(title=f"One change to a live bank, milliseconds (SQLite {sqlite3.sqlite_version})")
     for column in ("call", *(f"{count:,} profiles" for count in found), "ratio of medians"):
         table.add_column(column)

@@ -152,6 +152,9 @@ def test_a_bank_is_replaced_only_when_that_is_said(bank, cli, tmp_path):
 def test_adding_removing_and_renaming(kind, adapter, bank, cli, tmp_path):
     if kind == "live":
         assert cli("bank", "thaw", bank, "--out", tmp_path / "live").status == 0
+        facts = json.loads(cli("bank", "inspect", tmp_path / "live", "--json").out)
+        assert (facts["kind"], facts["profiles"], facts["version"], len(facts["first_names"])) == ("live bank", 5, 1, 5)
+        assert "live bank" in cli("bank", "inspect", tmp_path / "live").out
 
     def names() -> list[str]:
         if kind == "frozen":

@@ -61,7 +61,7 @@ def test_a_bank_travels_by_the_hub(hub, client, scripts, tmp_path):
     assert "ann/bank" in client(scripts / "push.py", home=tmp_path, token="token-of-ann")
     files = hub.repos["ann/bank"].files("main")
     assert {"adapter_model.safetensors", "adapter_config.json", "README.md"} <= set(files)
-    assert not any(name.startswith("profiles-") for name in files)
+    assert not any(name.startswith(("profiles-", ".bank")) for name in files)
     fresh = tmp_path / "fresh"
     fresh.mkdir()
     expected = "['carol']\n['ann', 'carol']\nTrue\n"
