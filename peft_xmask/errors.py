@@ -3,7 +3,7 @@
 ```
 PeftXMaskError
 ├── ConfigError            an invalid config field or argument
-├── TargetError            nothing to adapt, or a module that cannot be adapted
+├── TargetError            nothing to adapt, or an unsupported module
 ├── MergeError             a merge that would not be exact
 ├── FileFormatError        an invalid file: truncated, oversized, wrong dtype
 │   └── MaskFormatError    masks without exactly k of N bits, logits that are not finite
@@ -33,7 +33,7 @@ class ConfigError(PeftXMaskError, ValueError):
 
 
 class TargetError(PeftXMaskError, ValueError):
-    """A base model has no module to adapt, or a target that cannot be adapted."""
+    """A base model has no module to adapt, or a target is unsupported."""
 
 
 class MergeError(PeftXMaskError, ValueError):

@@ -269,7 +269,7 @@ class ProfileBank(BankRows):
             KeyError: no such profile.
             MergeError: profiles that are not linear (``activation="identity"`` without ``layer_norm`` is).
             BaseMismatchError, PoolMismatchError: another base or pool than the profiles were trained on.
-            ConfigError, TargetError, FileFormatError: a base that cannot be found or is not one, or ``rank`` below b.
+            ConfigError, TargetError, FileFormatError: the base is missing or invalid, or ``rank`` is below b.
         """
         baker = LoraBaker(self, base, check_base=check_base)
         if isinstance(names, str):

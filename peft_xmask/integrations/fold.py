@@ -26,7 +26,7 @@ def fold(model: nn.Module, path: str | Path) -> None:
         path: folder to write to; each file in it is replaced at once when all are written.
 
     Raises:
-        ConfigError: another method, no active adapter, or a base that cannot be saved on its own.
+        ConfigError: the method is not supported, no adapter is active, or the base cannot be saved by itself.
     """
     tuner = getattr(model, "base_model", None)
     if not isinstance(model, PeftModel) or not isinstance(tuner, InPlaceTuner):

@@ -37,7 +37,7 @@ class ProfileCollator:
         model: whose forward says which other columns the inner collator gets; None: all of them.
 
     Raises:
-        ConfigError: names that cannot be, or come twice; a number of rows below 1.
+        ConfigError: a name is invalid or occurs twice, or the number of rows is below 1.
     """
 
     def __init__(

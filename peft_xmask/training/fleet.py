@@ -47,7 +47,7 @@ class RayFleet:
             of ``RAY_ADDRESS``, or else one on this machine, which is stopped in the end.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: a number is invalid.
     """
 
     workers: int

@@ -142,7 +142,7 @@ class ProfileModel:
         return {key: found[key] for key in found if f".modules_to_save.{self.adapter}." in key}
 
     def packed(self) -> Packed:
-        """The masks as they are now, in the form that is shipped."""
+        """The current masks, as bytes."""
         bits, gain_bits = self.masks.shipped()
         return bits.cpu(), None if gain_bits is None else gain_bits.cpu()
 

@@ -43,7 +43,7 @@ class RowAdamW(torch.optim.Optimizer):
         weight_decay: decoupled, of the rows that step.
 
     Raises:
-        ConfigError: a number that cannot be.
+        ConfigError: a number is invalid.
 
     Source: AdamW (arXiv 1711.05101); steps of their own for rows are ours.
     """

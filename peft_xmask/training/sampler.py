@@ -48,7 +48,7 @@ class ProfileBatchSampler(Sampler[list[int]]):
         stopped: bool ``[U]``, read when an epoch begins.
 
     Raises:
-        ConfigError: a number that cannot be, or no examples.
+        ConfigError: a number is invalid, or there are no examples.
     """
 
     def __init__(

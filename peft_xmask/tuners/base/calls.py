@@ -93,7 +93,7 @@ class FirstPassWatch:
 
     Args:
         model: the base model.
-        layers: what stands in the place of the adapted modules, by name.
+        layers: the layers that replaced the adapted modules, by name.
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:

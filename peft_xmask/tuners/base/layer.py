@@ -1,4 +1,4 @@
-"""What stands in the place of an adapted module, and is called whenever it should be."""
+"""The layer that replaces an adapted module, and is called whenever the module would be."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SlowPath:
     a hook that does nothing, and the encoder keeps padded batches as they are.
 
     Args:
-        layer: in the place of the adapted module.
+        layer: the layer that replaced the adapted module.
         encoder: around it; None: there is none.
     """
 
@@ -47,7 +47,7 @@ class SlowPath:
 
 
 class TargetLayer(nn.Module, BaseTunerLayer):
-    """Base of the layers that stand in the place of an adapted module."""
+    """Base class of layers that replace an adapted module."""
 
     slow_path: SlowPath | None = None
 

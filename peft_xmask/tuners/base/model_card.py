@@ -145,7 +145,7 @@ def _complete_default(model: PeftModel, folder: str, adapter_id: str | None) -> 
 
 
 def _with_section(text: str, section: str) -> str:
-    """The body of a card with our section put in the place of the old one, or first."""
+    """The body of a card with our section replaced, or inserted first."""
     before, end, after = text.partition(END)
     if not end:
         before, after = "", text

@@ -63,7 +63,7 @@ class InPlaceTuner(TargetTuner):
             setattr(self.model, TABLE, table)
 
     def _check_targets(self, model: nn.Module, found: list[tuple[str, nn.Module]], names: list[list[str]]) -> None:
-        """Refuse parameters that cannot be changed in place without anybody else noticing.
+        """Reject parameters whose change in place would have side effects.
 
         Args:
             names: of the parameters of each target.

@@ -266,7 +266,7 @@ class AdapterMasks:
         return (row, self.spec, self.temperature, self.logit_scale, forms, *stored, torch.is_inference_mode_enabled())
 
     def masks(self, rows: Tensor | None, now: ForwardPass) -> RowMasks:
-        """Masks of rows as they are now.
+        """The current masks of rows.
 
         Args:
             rows: long ``[R]``, of which -1 has masks and gains of zero: no deviation; None: all of them.
