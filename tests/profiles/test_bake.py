@@ -125,6 +125,29 @@ def test_a_baked_profile_over_a_trained_pool(lora_pool, tmp_path):
     assert same(bank.to_lora("bob", tmp_path / "base").tensors, exported(model, 1, tmp_path / "bob"))
 
 
+def test_biases_of_a_pool_come_along(tmp_path):
+    llama().save_pretrained(tmp_path / "base")
+    folders = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        fields = dict(insertion_form="parallel", activation="identity", bottleneck_size=3, init_weights=False)
+        adapter = get_peft_model(llama(), BottleneckConfig(task_type="CAUSAL_LM", **fields))
+        with torch.no_grad():
+            for name, parameter in adapter.named_parameters():
+                if parameter.requires_grad and "bias" in name:
+                    parameter.normal_(std=0.2)
+        adapter.save_pretrained(tmp_path / f"adapter-{seed}")
+        folders.append(tmp_path / f"adapter-{seed}")
+    AdapterPool.from_bottleneck(folders).save_pretrained(tmp_path / "pool")
+    model = adapted(llama(), pool=str(tmp_path / "pool"), insertion_form="parallel")
+    bank = ProfileBank.from_model(model, NAMES)
+    baker = LoraBaker(bank, tmp_path / "base")
+    assert baker.has_bias
+    lora = baker.bake(bank["bob"])
+    assert lora.config.lora_bias
+    assert same(lora.tensors, exported(model, 1, tmp_path / "bob"))
+
+
 def test_a_head_comes_along(tiny_bert, tmp_path):
     tiny_bert().save_pretrained(tmp_path / "base")
     model = adapted(tiny_bert(), "SEQ_CLS", insertion_form="parallel")
