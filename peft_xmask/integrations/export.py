@@ -14,6 +14,7 @@ from ..bank.bake import BakedLora
 from ..core.adapter_folder import is_head_key
 from ..errors import ConfigError, MergeError
 from ..tuners.sites.layer import SiteLayer
+from ..tuners.xpeft.keys import OFFSET_BITS
 
 
 @torch.no_grad()
@@ -33,8 +34,8 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter_name: st
 
     Raises:
         ConfigError: no such adapter.
-        MergeError: an adapter that is not linear (``activation="identity"`` without ``layer_norm`` is), or a quantised
-            base under a sequential one.
+        MergeError: an adapter that is not linear (``activation="identity"`` without ``layer_norm`` is) or has offsets,
+            or a quantised base under a sequential one.
 
     Source: ours; LoRA (arXiv 2106.09685).
     """
@@ -48,6 +49,11 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter_name: st
             raise MergeError(f"Cannot export '{name}' as a LoRA: {reason}")
         changes[name] = layer.linear_change(adapter_name)
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    if any(OFFSET_BITS in key for key in saved):
+        raise MergeError(
+            f"The profiles of '{adapter_name}' have offsets, which are added to what the head says and have no "
+            "place in a LoRA. Serve them with ProfileBank.attach."
+        )
     BakedLora.of(
         changes,
         config,

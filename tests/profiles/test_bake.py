@@ -253,6 +253,17 @@ def test_what_no_lora_can_say_is_refused(tmp_path):
             bank.to_lora("ann", tmp_path / "base")
 
 
+def test_offsets_are_refused_from_a_model_too(tiny_bert, tmp_path):
+    bank = ProfileBank.from_model(adapted(tiny_bert(), "SEQ_CLS", insertion_form="parallel"), NAMES)
+    content = bank.content()
+    offsets = torch.zeros(3, 8, dtype=torch.uint8)
+    bank = ProfileBank(bank.config, content.bits, content.gain_bits, NAMES, content.shared, offsets)
+    served = bank.attach(tiny_bert())
+    served.set_profile("ann")
+    with pytest.raises(MergeError, match="have offsets"):
+        export_lora(served, tmp_path / "ann", "bank")
+
+
 def test_offsets_are_refused(tmp_path):
     llama().save_pretrained(tmp_path / "base")
     bank = ProfileBank.from_model(adapted(llama(), insertion_form="parallel"), NAMES)
