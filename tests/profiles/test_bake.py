@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -65,8 +65,6 @@ def same(first, second) -> bool:
 @pytest.fixture
 def lora_pool(tmp_path) -> AdapterPool:
     """A trained pool of four LoRAs over a tiny Llama."""
-    from peft import LoraConfig
-
     folders = []
     for seed in range(4):
         torch.manual_seed(seed)
@@ -123,6 +121,31 @@ def test_a_baked_profile_over_a_trained_pool(lora_pool, tmp_path):
     model = adapted(llama(), pool=str(tmp_path / "pool"), insertion_form="parallel")
     bank = ProfileBank.from_model(model, NAMES)
     assert same(bank.to_lora("bob", tmp_path / "base").tensors, exported(model, 1, tmp_path / "bob"))
+
+
+@pytest.mark.parametrize("place", ["beside", "inside"])
+def test_the_common_part_of_a_pool_is_baked_in(place, lora_pool, tmp_path):
+    """Beside the mix it has ranks of its own, inside it is added."""
+    if place == "beside":
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["down_proj"], r=3, init_lora_weights=False)
+        get_peft_model(llama(), config).save_pretrained(tmp_path / "common")
+        pool = AdapterPool.random(12, 4).with_common(tmp_path / "common")
+    else:
+        pool = lora_pool.centred()
+    pool.save_pretrained(tmp_path / "pool")
+    llama().save_pretrained(tmp_path / "base")
+    model = adapted(llama(), pool=str(tmp_path / "pool"), insertion_form="parallel")
+    bank = ProfileBank.from_model(model, NAMES)
+    baker = LoraBaker(bank, tmp_path / "base")
+    lora = baker.bake(bank["bob"])
+    assert baker.rank == lora.config.r == (4 + 3 if place == "beside" else 3)
+    assert same(lora.tensors, exported(model, 1, tmp_path / "bob"))
+    lora.save_pretrained(tmp_path / "again")
+    tokens = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(0))
+    served = PeftModel.from_pretrained(llama(), tmp_path / "again").eval()
+    model.set_profile(1)
+    with torch.no_grad():
+        torch.testing.assert_close(served(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_biases_of_a_pool_come_along(tmp_path):
