@@ -75,7 +75,9 @@ class RayFleet:
             ConfigError: it does not suit the settings.
         """
         fleet = ray if isinstance(ray, RayFleet) else cls(ray)
-        if settings.head == "joint" or (settings.head is None and bank is None and not settings.offset):
+        if settings.head == "joint" or (
+            settings.head is None and bank is None and not (settings.offset or settings.common_size)
+        ):
             raise ConfigError(
                 "head='joint' is invalid with ray=: workers exchange no gradients, so each would train a head of its "
                 "own, while all profiles of a bank share one head. Pass head='first' (trained here, before the workers "

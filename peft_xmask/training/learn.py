@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 import weakref
@@ -12,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, default_data_collator
 
@@ -26,6 +24,7 @@ from .evaluation import ExampleLoss, example_losses
 from .offsets import SharedOutputs, fit_offsets
 from .prefix import Prefix
 from .profile_model import ProfileModel
+from .twin import sharing_weights
 
 _FOLDS = 2
 _ALL = 0  # the row that learns from all examples; the next rows each leave out a part of them
@@ -97,7 +96,7 @@ class Learner:
         rows = NameIndex.build(str(row) for row in range(1 + _FOLDS))
         learning_rate = 1e-3  # of Adam; logit_scale makes the steps of the logits as long as is asked for
         scale = self.settings.mask_learning_rate / learning_rate
-        self._profiles = ProfileModel.of(_sharing_weights(model), None, bank.select([]), rows, scale)
+        self._profiles = ProfileModel.of(sharing_weights(model), None, bank.select([]), rows, scale)
         self._model = self._profiles.model.eval()
         for parameter in self._profiles.head().values():
             parameter.requires_grad_(False)
@@ -270,12 +269,3 @@ def _folds(labels: Tensor | None, count: int) -> Tensor:
     folds = torch.empty(count, dtype=torch.long)
     folds[order] = torch.arange(count) % _FOLDS
     return folds
-
-
-def _sharing_weights(model: nn.Module) -> nn.Module:
-    """The base of a model, with the same weights in memory and modules of its own."""
-    shared: dict[int, Any] = {id(each): nn.Parameter(each.detach(), requires_grad=False) for each in model.parameters()}
-    shared.update({id(each): each for each in model.buffers()})
-    twin: Any = copy.deepcopy(model, shared)
-    base: nn.Module = twin.unload() if isinstance(twin, PeftModel) else twin
-    return base

@@ -45,9 +45,15 @@ class ProfileTraining:
         head: how the head that all profiles share is trained. ``"joint"``: together with the profiles (at the end each
             profile's rows are compared under the final head). ``"frozen"``: not at all. ``"first"``: alone, without an
             adapter, for ``head_epochs``; then it is frozen. None:
-            ``"frozen"`` when joining a bank, ``"first"`` with ``offset``, otherwise ``"joint"``.
+            ``"frozen"`` when joining a bank, ``"first"`` with ``offset``, trained with the
+            common adapter if there is one, otherwise ``"joint"``.
         head_learning_rate: None: that of ``args``.
         head_epochs: epochs of ``head="first"``.
+        common_size: width of a bottleneck adapter that is trained on all examples first, with the head, and then always
+            on: masks deviate from it. It becomes the common part of the pool, which is saved in ``output_dir``. 0:
+            none.
+        common_epochs: epochs of the common adapter; the best by validation is kept.
+        common_learning_rate: learning rate of the common adapter and the head, falling to 0.
         offset: give each profile an offset beside its mask: a half-precision number for each output, which is added to
             it. Offsets are computed, not trained: the most likely ones under a prior whose variance is chosen on the
             validation examples. They need a head that is trained before the profiles, or not at all.
@@ -71,6 +77,9 @@ class ProfileTraining:
     head: str | None = None
     head_learning_rate: float | None = None
     head_epochs: int = 1
+    common_size: int = 0
+    common_epochs: int = 3
+    common_learning_rate: float = 1e-3
     offset: bool = False
     mask_learning_rate: float = 0.1
     sampling_temperature: float = 2.0
@@ -90,6 +99,19 @@ class ProfileTraining:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number of at least 1.")
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"patience={self.patience!r} is invalid: expected at least one evaluation, or None.")
+        if self.common_size < 0 or self.common_epochs < 1 or not self.common_learning_rate > 0:
+            raise ConfigError(
+                f"common_size={self.common_size!r}, common_epochs={self.common_epochs!r} and common_learning_rate="
+                f"{self.common_learning_rate!r} are invalid: expected a size of at least 0, at least one epoch, and a "
+                "rate above 0."
+            )
+        if self.common_size and self.head not in (None, "first"):
+            raise ConfigError(
+                f"head={self.head!r} is invalid with common_size={self.common_size}: the head is trained with the "
+                "common adapter. Pass head='first'."
+            )
+        if self.common_size and self.args is None:
+            raise ConfigError("Expected args= with common_size=, found none: the pool is saved in its output_dir.")
         if self.offset and self.head == "joint":
             raise ConfigError(
                 "head='joint' is invalid with offset=True: offsets are computed before the profiles are trained and "
@@ -131,9 +153,11 @@ class ProfileTraining:
         Raises:
             ConfigError: settings that do not suit a bank.
         """
+        if joins_bank and self.common_size:
+            raise ConfigError("common_size= is invalid with bank=: profiles that join a bank have its pool.")
         if joins_bank and self.config is not None:
             raise ConfigError("Expected config= or bank=, found both: profiles that join a bank have its config.")
-        head = self.head or ("frozen" if joins_bank else "first" if self.offset else "joint")
+        head = self.head or ("frozen" if joins_bank else "first" if self.offset or self.common_size else "joint")
         if joins_bank and head != "frozen":
             raise ConfigError(
                 f"head={head!r} is invalid with bank=: the bank's head serves its other profiles too and must not "

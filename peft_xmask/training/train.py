@@ -10,6 +10,7 @@ from torch import nn
 
 from ..bank.bank import ProfileBank
 from . import distributed as ranks
+from .common import with_common_part
 from .data import ProfileData
 from .fleet import FleetRun, RayFleet
 from .run import TrainingRun
@@ -79,6 +80,8 @@ def train_profiles(
     fleet = None if ray is None else RayFleet.of(ray, settings, bank)
     with tempfile.TemporaryDirectory() as beside:
         settings = settings.resolved(joins_bank=bank is not None, folder=beside)
+        if settings.common_size:
+            model, settings = with_common_part(model, data, settings, progress=progress)
         if fleet is None:
             trained = TrainingRun.prepare(model, data, settings, bank, progress=progress).train(resume)
         else:

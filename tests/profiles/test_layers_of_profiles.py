@@ -10,6 +10,7 @@ from peft import PeftModel
 from peft_xmask import Learner, ProfileBank, ProfileLearning, train_profiles
 from peft_xmask.core.packing import pack_halves, unpack_halves
 from peft_xmask.errors import ConfigError
+from peft_xmask.training import common
 from peft_xmask.training.choice import STRENGTHS, _strengths
 from peft_xmask.training.offsets import SharedOutputs, choose_variance, fit_offsets
 
@@ -17,6 +18,9 @@ SCRIPT = Path(__file__).with_name("taught.py")
 spec = importlib.util.spec_from_file_location("taught", SCRIPT)
 taught = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(taught)
+
+
+COMMON = dict.fromkeys(taught.COUNTS, 60)
 
 
 def fit(folder, **fields):
@@ -157,3 +161,39 @@ def test_what_offsets_cannot_do(bank, tmp_path):
     with pytest.raises(Exception, match="finite offsets"):
         logits(served, [0])
     assert profile.offset_bits is not None
+
+
+def test_a_common_part_is_trained_first_and_always_on(tmp_path, monkeypatch):
+    """Without a profile the bank answers as the common adapter did, with its head."""
+    data, made = taught.examples(0, COMMON), []
+
+    def noted(*args):
+        made.append(trained(*args))
+        return made[-1]
+
+    trained = common._trained
+    monkeypatch.setattr(common, "_trained", noted)
+    fields = dict(
+        common_size=8, common_learning_rate=1e-2, validation=taught.examples(1, COMMON), progress=False,
+        config=taught.config(num_adapters=8), args=taught.arguments(tmp_path / "run", num_train_epochs=1),
+    )  # fmt: skip
+    model = taught.base()
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    bank = train_profiles(model, data, **fields)
+    assert all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
+    bank.save_pretrained(tmp_path / "bank")
+    served = ProfileBank.from_pretrained(tmp_path / "bank").attach(taught.base())
+    batch = {key: torch.tensor(data[key]) for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        shared = served(**batch, adapter_names=["__base__"] * len(data)).logits
+        expected = made[0].eval()(**batch).logits
+        plain = taught.base()(**batch).logits
+    torch.testing.assert_close(shared, expected)
+    assert (shared - plain).abs().mean() > 0.1
+    again = train_profiles(taught.base(), data, **fields)
+    assert len(made) == 1
+    assert all(again[name] == bank[name] for name in bank)
+    with pytest.raises(ConfigError, match=r"common part of another run.*examples="):
+        train_profiles(taught.base(), taught.examples(3, COMMON), **fields)
+    with pytest.raises(ConfigError, match="common_size="):
+        train_profiles(taught.base(), data, bank=bank, common_size=8, args=fields["args"], progress=False)
