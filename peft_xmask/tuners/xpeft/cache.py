@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core.adapter import AdapterPair
 from ...errors import ConfigError
-from .mixing import ActiveAdapters, MixedRows, RowMasks, Site
+from .mixing import ActiveAdapters, MixedRows, PoolSite, RowMasks
 
 Entry = list[AdapterPair]
 """The mixed adapters of one row, site by site. It never changes, so a row that makes room stays whole for its users."""
@@ -34,7 +34,7 @@ class MixedAdapterCache:
         ConfigError: ``max_bytes`` is no whole number, or is too small for one row.
     """
 
-    def __init__(self, sites: Sequence[Site] = (), max_bytes: int = 0) -> None:
+    def __init__(self, sites: Sequence[PoolSite] = (), max_bytes: int = 0) -> None:
         self.sites, self.max_bytes = list(sites), max_bytes
         self.last: ActiveAdapters | None = None
         self._held = _Held(None, [])
@@ -136,7 +136,7 @@ class _FoundRows:
     def __init__(self, entries: list[Entry]) -> None:
         self._entries = entries
 
-    def at(self, site: Site) -> AdapterPair:
+    def at(self, site: PoolSite) -> AdapterPair:
         pairs = [entry[site.index] for entry in self._entries]
         first = pairs[0]
         return AdapterPair(

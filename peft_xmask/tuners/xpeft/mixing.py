@@ -16,7 +16,7 @@ from ...pool.common import added, one_after_the_other
 from .spec import MaskSpec
 
 
-class Site(Protocol):
+class PoolSite(Protocol):
     """What one adapter has at one site: its slice of the pool (another object after a move), and the site's index."""
 
     pool: PoolSlice
@@ -26,7 +26,7 @@ class Site(Protocol):
 class MixedRows(Protocol):
     """Mixed adapters of R rows."""
 
-    def at(self, site: Site) -> AdapterPair:
+    def at(self, site: PoolSite) -> AdapterPair:
         """Those of one site, with R as the first dimension."""
 
 
@@ -40,7 +40,7 @@ class RowMasks:
     mask: Tensor
     gain: Tensor
 
-    def at(self, site: Site) -> AdapterPair:
+    def at(self, site: PoolSite) -> AdapterPair:
         """Mix the pool of one site for every row; the gain goes into the up-projection."""
         pool = site.pool
         down = self.mask[:, 0, site.index]
@@ -103,7 +103,7 @@ class ActiveAdapters:
     source: tuple[Any, ...] | None = None
     _pairs: dict[int, tuple[Tensor, AdapterPair]] = field(default_factory=dict)
 
-    def pair(self, site: Site) -> AdapterPair:
+    def pair(self, site: PoolSite) -> AdapterPair:
         """The adapters of one site. Without a gradient the result is kept for the next pass that uses this object.
 
         Shapes: those of :class:`~peft_xmask.core.adapter.AdapterPair`, with a batch dimension if ``each``.
