@@ -1,4 +1,4 @@
-"""Profiles as stock LoRAs, made without a model: from a bank's bytes, the pool, and the base's config on disk."""
+"""Profiles as standard LoRAs, computed without a model from a bank's bytes, the pool and the base's config."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class BakedLora:
 
     Attributes:
         tensors: by their key in an adapter's file, float32: ``lora_A [r, in_features]``, ``lora_B [out_features, r]``.
-        config: of the LoRA; its scale is 1.
+        config: config of the LoRA; its scale is 1.
     """
 
     tensors: Mapping[str, Tensor]
@@ -58,7 +58,7 @@ class BakedLora:
         Args:
             changes: by module name.
             like: the config of the adapter they come from: task, base and modules saved whole are taken from it.
-            rank: of the LoRA, at least that of the changes; None: theirs.
+            rank: rank of the LoRA, at least that of the changes; None: the rank of the changes.
             fan_in_fan_out: whether the base's modules are ``Conv1D``.
             shared: tensors of modules saved whole, by their key in an adapter's file.
 
@@ -93,7 +93,7 @@ class BakedLora:
 
 @dataclass
 class _PlacedSlice:
-    """What mixing reads of a site: its part of the pool and its place among the masks."""
+    """A site, for mixing: its slice of the pool and its index among the masks."""
 
     pool: PoolSlice
     index: int
@@ -104,15 +104,15 @@ class LoraBaker:
 
     Args:
         bank: whose profiles are baked; only its settings are kept, so profiles added later can be baked too.
-        base: folder or Hub id of the base; None: the one that the bank names.
+        base: folder or Hub id of the base; None: the base that the bank names.
         check_base: whether the base's weights are read to check the fingerprint. A sequential bank needs them anyway.
         hub: how to reach the Hub.
 
     Raises:
-        ConfigError: no such base, or one of another task.
-        MergeError: profiles that are not linear.
-        BaseMismatchError, PoolMismatchError: another base or pool than the profiles were trained on.
-        TargetError, FileFormatError: modules or weights that the base does not have.
+        ConfigError: there is no such base, or it has another task.
+        MergeError: the profiles are not linear.
+        BaseMismatchError, PoolMismatchError: the profiles were trained on another base or pool.
+        TargetError, FileFormatError: the base lacks modules or weights.
     """
 
     def __init__(
@@ -171,10 +171,10 @@ class LoraBaker:
 
         Args:
             profile: of the bank, or of another one with the same settings.
-            rank: of the LoRA; None: :attr:`rank`. Zeros fill up a larger one, which changes no output.
+            rank: rank of the LoRA; None: :attr:`rank`. A larger rank is padded with zeros, which changes no output.
 
         Raises:
-            MaskFormatError: masks of another kind.
+            MaskFormatError: the masks are of another kind.
             ConfigError: ``rank`` is smaller than :attr:`rank`.
         """
         return BakedLora.of(
@@ -187,10 +187,10 @@ class LoraBaker:
 
     @torch.no_grad()
     def changes(self, profile: Profile) -> dict[str, LinearChange]:
-        """What a profile adds to each module's output, by module name.
+        """The change that a profile makes to each module's output, by module name.
 
         Raises:
-            MaskFormatError: masks of another kind.
+            MaskFormatError: the masks are of another kind.
         """
         bits = profile.bits.unsqueeze(0)
         gain_bits = None if profile.gain_bits is None else profile.gain_bits.unsqueeze(0)
@@ -209,10 +209,10 @@ class LoraBaker:
 
 
 def refuse_nonlinear(bank: BankRows) -> None:
-    """Refuse profiles that no LoRA can say.
+    """Reject profiles that cannot be written as a LoRA.
 
     Raises:
-        MergeError: an activation, a LayerNorm, or offsets of the model's outputs.
+        MergeError: the profiles have an activation, a LayerNorm, or offsets of the model's outputs.
     """
     config = bank.config
     if bank.offset_count is not None:

@@ -51,8 +51,8 @@ class ProfileBank(BankRows):
         An ordinary X-PEFT adapter opens too; its rows are then called ``"0"``, ``"1"`` and so on.
 
         Raises:
-            ConfigError: no such folder or repository.
-            FileFormatError: a missing or damaged file.
+            ConfigError: there is no such folder or repository.
+            FileFormatError: a file is missing or damaged.
         """
         stored = open_bank(find_folder(where, FILENAMES, HubOptions(revision, token, cache_dir), subfolder))
         bank = cls._of(stored.config, stored.content)
@@ -72,7 +72,7 @@ class ProfileBank(BankRows):
             names: of its rows, in order: strings or whole numbers; None: ``"0"``, ``"1"`` and so on.
 
         Raises:
-            ConfigError: no such adapter, invalid names, or another number of them than of rows.
+            ConfigError: there is no such adapter, names are invalid, or their number differs from the number of rows.
         """
         table = find_table(model)
         name = next((name for name in model.active_adapters if name in table.adapters), None)
@@ -96,8 +96,8 @@ class ProfileBank(BankRows):
         """A bank made of adapters with one profile each, given as folders or as models.
 
         Raises:
-            ConfigError: no profiles, or profiles with other settings or another head than the first.
-            BaseMismatchError, PoolMismatchError: a profile of another base or pool than the first.
+            ConfigError: there are no profiles, or they differ from the first in settings or head.
+            BaseMismatchError, PoolMismatchError: a profile has another base or pool than the first.
         """
         if not profiles:
             raise ConfigError("Expected at least one profile to make a bank of, found none.")
@@ -122,8 +122,8 @@ class ProfileBank(BankRows):
                 adapter must have the pool, base, settings and head of the bank.
 
         Raises:
-            ConfigError: an invalid name, several profiles, other settings, or another head.
-            BaseMismatchError, PoolMismatchError, MaskFormatError: it does not belong here.
+            ConfigError: the name is invalid, there are several profiles, or settings or head differ.
+            BaseMismatchError, PoolMismatchError, MaskFormatError: the profile does not fit the bank.
         """
         if not isinstance(profile, Profile):
             other = _single(profile)
@@ -135,8 +135,8 @@ class ProfileBank(BankRows):
         """A bank of some of the profiles, in this order.
 
         Raises:
-            KeyError: no such profile.
-            ConfigError: a name comes twice.
+            KeyError: there is no such profile.
+            ConfigError: a name occurs twice.
         """
         wanted = as_names(names)
         content = self.pick(wanted)
@@ -154,7 +154,7 @@ class ProfileBank(BankRows):
             count: how many neighbours to return.
 
         Raises:
-            KeyError: no such profile.
+            KeyError: there is no such profile.
             ConfigError: soft masks, or a count below 1.
         """
         return similar(self, name, count)
@@ -163,7 +163,7 @@ class ProfileBank(BankRows):
         """Write the bank, also over itself. Readers of the old bank keep it, and a crash leaves the old or the new one.
 
         Raises:
-            LockedError: another process is writing there.
+            LockedError: another process is writing the folder.
         """
         write_merged([self], Path(folder))
 
@@ -178,7 +178,7 @@ class ProfileBank(BankRows):
         """Write several banks as one and open it. Masks stream from file to file; names are held in memory.
 
         Args:
-            banks: opened, or where they are.
+            banks: banks, or folders and Hub ids of banks.
             folder: to write to; it may be that of one of the banks.
             prefer: whose profile is kept where several banks have one of a name, ``"first"`` or ``"last"``; None:
                 a name in two banks is refused.
@@ -186,7 +186,7 @@ class ProfileBank(BankRows):
         Raises:
             ConfigError: no banks, a name in two of them, or banks that differ in their settings or heads.
             BaseMismatchError, PoolMismatchError: banks of different bases or pools.
-            LockedError: another process is writing there.
+            LockedError: another process is writing the folder.
         """
         opened = [bank if isinstance(bank, ProfileBank) else cls.from_pretrained(bank) for bank in banks]
         if not opened:
@@ -205,7 +205,7 @@ class ProfileBank(BankRows):
         revision: str | None = None,
         commit_message: str | None = None,
     ) -> str:
-        """Upload the bank in one commit; the commit's address.
+        """Upload the bank in one commit; return the commit's address.
 
         Raises:
             ConfigError: there is no token, or it may not write to the repository.
@@ -250,7 +250,7 @@ class ProfileBank(BankRows):
         rank: int | None = None,
         check_base: bool = True,
     ) -> BakedLora | Iterator[tuple[str, BakedLora]]:
-        """Profiles as stock LoRAs, without a model: from the pool, the base's config and, if need be, its weights.
+        """Profiles as standard LoRAs, computed without a model: from the pool and the base's config and weights.
 
         The tensors are those of :func:`~peft_xmask.export_lora`, bit for bit. Opening the pool and the base takes most
         of the time: name many profiles at once, or keep a :class:`~peft_xmask.bank.bake.LoraBaker`.
@@ -258,17 +258,17 @@ class ProfileBank(BankRows):
         Args:
             names: of one profile, or of several.
             base: folder or Hub id of the base model; None: the one that the bank names.
-            rank: of the LoRA; None: the pool's bottleneck size. Zeros fill up a larger one.
+            rank: rank of the LoRA; None: the pool's bottleneck size. A larger rank is padded with zeros.
             check_base: whether the base's weights are read to check its fingerprint. Sequential profiles need the
                 weights of the adapted modules in any case.
 
         Returns:
-            The LoRA; of several names an iterator over pairs of a name and a LoRA, each made when it is asked for.
+            The LoRA; for several names, an iterator of pairs of a name and a LoRA, computed lazily.
 
         Raises:
-            KeyError: no such profile.
+            KeyError: there is no such profile.
             MergeError: profiles that are not linear (``activation="identity"`` without ``layer_norm`` is).
-            BaseMismatchError, PoolMismatchError: another base or pool than the profiles were trained on.
+            BaseMismatchError, PoolMismatchError: the profiles were trained on another base or pool.
             ConfigError, TargetError, FileFormatError: the base is missing or invalid, or ``rank`` is below b.
         """
         baker = LoraBaker(self, base, check_base=check_base)
@@ -314,7 +314,7 @@ class ProfileBank(BankRows):
 
 
 def _single(source: str | os.PathLike[str] | nn.Module) -> ProfileBank:
-    """A bank of the one profile of an adapter."""
+    """A bank with the single profile of an adapter."""
     bank = ProfileBank.from_model(source) if isinstance(source, nn.Module) else ProfileBank.from_pretrained(source)
     if len(bank) != 1:
         raise ConfigError(

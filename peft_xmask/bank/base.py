@@ -1,4 +1,4 @@
-"""A base model on disk: which of its modules an adapter sits on, and their weights. The model itself is never built."""
+"""A base model on disk: the modules that an adapter changes, and their weights. The model itself is never built."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class BaseFolder:
             raise ConfigError(f"Expected the config of a model of transformers in '{self.path}': {error}") from error
 
     def _skeleton(self, config: XPEFTConfig) -> nn.Module:
-        """The base without numbers: a module tree on the meta device."""
+        """The base as a module tree on the meta device."""
         base = self._config()
         cls: Any = _model_class(config, base)
         try:

@@ -1,4 +1,4 @@
-"""What the profiles of one bank have in common."""
+"""Check that profiles can share one bank."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KIND = (
 
 
 def check_alike(bank: BankRows, other: BankRows) -> None:
-    """Refuse profiles that do not belong in a bank. The error says where both come from, as far as that is known.
+    """Reject profiles that do not fit a bank. The error names both sources, if known.
 
     Raises:
         BaseMismatchError, PoolMismatchError: they are of another base or pool.

@@ -1,4 +1,4 @@
-"""The config of a bank's profiles, as it is written, and read from a file that is not trusted."""
+"""Write the config of a bank's profiles, and read it from untrusted files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fields_of(config: XPEFTConfig) -> dict[str, Any]:
 
 
 def config_of(fields: Mapping[str, Any], where: str) -> XPEFTConfig:
-    """The config that these fields make: that of an adapter which was made, so that nothing is left to be resolved.
+    """The config with these fields, which must be completely resolved.
 
     ``num_profiles`` is left out: the number of rows says it, and an emptied bank has none.
 
@@ -37,7 +37,7 @@ def config_of(fields: Mapping[str, Any], where: str) -> XPEFTConfig:
         where: they come from, for errors.
 
     Raises:
-        FileFormatError: of another method, or an invalid value.
+        FileFormatError: the method is another one, or a value is invalid.
     """
     if fields.get("peft_type") != "XPEFT":
         raise FileFormatError(

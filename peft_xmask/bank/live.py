@@ -92,7 +92,7 @@ class LiveBank:
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], bank: ProfileBank) -> LiveBank:
-        """Make a live bank with the profiles of a bank, all checked, and open it. An empty bank makes an empty one.
+        """Create a live bank with the profiles of a bank, all checked, and open it. The bank may be empty.
 
         Raises:
             ConfigError: the folder holds a bank already.
@@ -141,7 +141,7 @@ class LiveBank:
         """As :meth:`get`.
 
         Raises:
-            KeyError: no such profile.
+            KeyError: there is no such profile.
         """
         profile = self.get(name)
         if profile is None:
@@ -152,8 +152,8 @@ class LiveBank:
         """A bank, in memory, of some of the profiles, in this order: what a model serves for one batch.
 
         Raises:
-            KeyError: no such profile.
-            ConfigError: a name comes twice.
+            KeyError: there is no such profile.
+            ConfigError: a name occurs twice.
         """
         wanted = [as_name(name) for name in names]
         profiles = [self[name] for name in wanted]
@@ -173,8 +173,8 @@ class LiveBank:
             The bank's new version.
 
         Raises:
-            ConfigError: an invalid name.
-            FileFormatError, MaskFormatError: bytes that are not those of a profile of this bank.
+            ConfigError: the name is invalid.
+            FileFormatError, MaskFormatError: the bytes are not a valid profile of this bank.
             LockedError: other processes have been writing for a minute.
         """
         return self.put_all({as_name(name): profile})
@@ -200,7 +200,7 @@ class LiveBank:
         """Remove a profile and overwrite its bytes in the database with zeros. Returns the bank's new version.
 
         Raises:
-            KeyError: no such profile.
+            KeyError: there is no such profile.
             LockedError: other processes have been writing for a minute.
         """
         key = _encoded(name)
@@ -213,8 +213,8 @@ class LiveBank:
         """Give a profile another name. Returns the bank's new version.
 
         Raises:
-            KeyError: no such profile.
-            ConfigError: an invalid new name, or one that another profile has.
+            KeyError: there is no such profile.
+            ConfigError: the new name is invalid or taken.
         """
         profile, key, target = self[old], check_name(as_name(old)), check_name(as_name(new))
         data = _bytes_of(profile)
@@ -426,7 +426,7 @@ def _build(path: Path, bank: ProfileBank) -> None:
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """Errors of SQLite as ours."""
+    """Translate errors of SQLite into ours."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -445,7 +445,7 @@ def _translated(path: Path) -> Iterator[None]:
 
 
 def _encoded(name: object) -> bytes | None:
-    """The key of a name; None for what cannot be a name."""
+    """The key of a name; None for an invalid name."""
     try:
         return check_name(as_name(name))
     except ConfigError:

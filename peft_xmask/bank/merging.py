@@ -1,4 +1,4 @@
-"""Banks that belong together, written as one."""
+"""Write several banks as one."""
 
 from __future__ import annotations
 

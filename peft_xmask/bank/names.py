@@ -31,7 +31,7 @@ TENSORS: Mapping[str, torch.dtype] = {
 
 
 def as_name(name: Any) -> str:
-    """A name as banks have it: a whole number stands for its decimal digits; anything else is left as it is."""
+    """A name as banks store it: a whole number becomes its decimal digits; anything else is unchanged."""
     if isinstance(name, numbers.Integral) and not isinstance(name, bool):
         return str(int(name))
     found: str = name
@@ -42,7 +42,7 @@ def as_names(names: object) -> list[str]:
     """Names for the rows of a bank.
 
     Raises:
-        ConfigError: one string, whose letters are hardly meant, or something that is not a sequence.
+        ConfigError: ``names`` is a single string or is not a sequence.
     """
     if isinstance(names, (str, bytes)) or not isinstance(names, Iterable):
         raise ConfigError(
@@ -55,7 +55,7 @@ def check_name(name: object) -> bytes:
     """The UTF-8 of a name.
 
     Raises:
-        ConfigError: not a string of 1 to 1,024 bytes of UTF-8, or ``"__base__"``.
+        ConfigError: the name is ``"__base__"``, or is not a string of 1 to 1,024 bytes of UTF-8.
     """
     if not isinstance(name, str):
         raise ConfigError(f"Expected the name of a profile as a string or a whole number, found {name!r}.")
@@ -130,7 +130,7 @@ class NameIndex:
         """Name of a row.
 
         Raises:
-            FileFormatError: its bytes are not UTF-8, or lie nowhere.
+            FileFormatError: its bytes are not UTF-8, or are outside the file.
         """
         start, end = int(self._ends[row - 1]) if row else 0, int(self._ends[row])
         if not 0 <= start < end <= len(self._names):
@@ -143,7 +143,7 @@ class NameIndex:
             raise FileFormatError(f"Expected the name of row {row} in UTF-8, found other bytes: {error}.") from error
 
     def find(self, name: str) -> int | None:
-        """Row of a name; None if there is none."""
+        """Row of a name; None if there is no such name."""
         try:
             encoded = name.encode("utf-8")
         except (UnicodeEncodeError, AttributeError):

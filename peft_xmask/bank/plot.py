@@ -1,4 +1,4 @@
-"""Pictures of a bank: masks, a map of profiles, how often adapters are used, bytes a profile. Needs matplotlib."""
+"""Plots of a bank: masks, a map of profiles, use of adapters, bytes per profile. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SEED = 0
 
 
 def plot_masks(bank: ProfileBank, names: Sequence[str] = ()) -> Any:
-    """Heat-maps of masks, a row of pixels for each site: one for down-, one for up-projections.
+    """Heat maps of masks with one row of pixels per site: one map for down-projections, one for up-projections.
 
     Args:
         names: profiles to draw, each on its own; none: the mean over all profiles.
@@ -60,9 +60,9 @@ def plot_masks(bank: ProfileBank, names: Sequence[str] = ()) -> Any:
 
 
 def plot_usage(bank: ProfileBank) -> Any:
-    """Histogram over sites and adapters: what share of the profiles chooses an adapter, or its mean weight.
+    """Histogram over sites and adapters of the share of profiles that select an adapter, or of its mean weight.
 
-    Beside it, what chance alone would give: shares around k / N with the spread of as many independent choices.
+    It also shows what chance would give: shares around k / N, with the spread of independent choices.
 
     Returns:
         a ``matplotlib`` figure.
@@ -94,14 +94,14 @@ def plot_usage(bank: ProfileBank) -> Any:
 
 
 def plot_map(bank: ProfileBank, values: Mapping[str, str] | None = None, *, column: str = "", limit: int = 2000) -> Any:
-    """Profiles in two dimensions: those whose masks are alike lie near each other.
+    """A map of profiles in two dimensions, where profiles with similar masks are close.
 
     These are the first two principal components of the masks, which is classical scaling of their Hamming distances.
 
     Args:
-        values: of profiles by name; they colour the points. Those without one are grey.
-        column: what the values are called.
-        limit: at most so many profiles are drawn; they are chosen at random, always the same.
+        values: a value per profile name, shown as colour; profiles without one are grey.
+        column: name of the values.
+        limit: maximum number of profiles drawn, chosen at random with a fixed seed.
 
     Returns:
         a ``matplotlib`` figure.
@@ -130,7 +130,7 @@ def plot_map(bank: ProfileBank, values: Mapping[str, str] | None = None, *, colu
 
 
 def plot_bytes(sizes: Mapping[str, float], highlighted: Sequence[str] = ()) -> Any:
-    """Bars of bytes a profile, the smallest first, on a logarithmic axis.
+    """Bar chart of bytes per profile, smallest first, on a logarithmic axis.
 
     Args:
         sizes: in bytes, by name.

@@ -1,4 +1,4 @@
-"""One profile: its masks as they are shipped."""
+"""One profile: its stored masks, gains and offsets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Profile:
 
     @property
     def offsets(self) -> Tensor | None:
-        """What is added to each output, float32 ``[C]``."""
+        """The offset of each output, float32 ``[C]``."""
         return None if self.offset_bits is None else unpack_halves(self.offset_bits)
 
     def selected(self, spec: MaskSpec) -> Tensor:

@@ -88,8 +88,8 @@ class BankRows:
         """A profile by name, checked.
 
         Raises:
-            KeyError: no such profile.
-            MaskFormatError: its bytes are not those of a profile.
+            KeyError: there is no such profile.
+            MaskFormatError: its bytes are not a valid profile.
         """
         name = as_name(name)
         if name in self._added:
@@ -119,8 +119,8 @@ class BankRows:
         """Add a profile, or replace the one with this name.
 
         Raises:
-            ConfigError: an invalid name.
-            FileFormatError, MaskFormatError: bytes that are not those of a profile of this bank.
+            ConfigError: the name is invalid.
+            FileFormatError, MaskFormatError: the bytes are not a valid profile of this bank.
         """
         name = as_name(name)
         check_name(name)
@@ -133,7 +133,7 @@ class BankRows:
         """Remove a profile.
 
         Raises:
-            KeyError: no such profile.
+            KeyError: there is no such profile.
         """
         name = as_name(name)
         if name in self._added:
@@ -147,8 +147,8 @@ class BankRows:
         """Give a profile another name. It moves to the end of the bank's order.
 
         Raises:
-            KeyError: no such profile.
-            ConfigError: an invalid new name, or one that another profile has.
+            KeyError: there is no such profile.
+            ConfigError: the new name is invalid or taken.
         """
         profile = self[old]
         if as_name(new) == as_name(old):
@@ -172,8 +172,8 @@ class BankRows:
         """The rows of some profiles, in this order and checked.
 
         Raises:
-            KeyError: no such profile.
-            MaskFormatError: bytes that are not those of a profile.
+            KeyError: there is no such profile.
+            MaskFormatError: the bytes are not a valid profile.
         """
         rows = [-1 if name in self._added else self._row(name) for name in names]
         if None in rows:
@@ -279,10 +279,10 @@ class BankRows:
 
 
 def check_offset_shape(offset_bits: Tensor, profiles: int) -> None:
-    """Refuse offsets of another shape or dtype than uint8 ``[P, 2 * C]``.
+    """Check that offsets are uint8 of shape ``[P, 2 * C]``.
 
     Raises:
-        MaskFormatError: as said.
+        MaskFormatError: they are not.
     """
     shape = tuple(offset_bits.shape)
     if offset_bits.dtype != torch.uint8 or len(shape) != 2 or shape[0] != profiles or shape[1] % 2 or not shape[1]:
@@ -293,10 +293,10 @@ def check_offset_shape(offset_bits: Tensor, profiles: int) -> None:
 
 
 def check_offsets(offset_bits: Tensor | None) -> None:
-    """Refuse offsets that are not finite.
+    """Check that offsets are finite.
 
     Raises:
-        MaskFormatError: as said.
+        MaskFormatError: they are not.
     """
     if offset_bits is not None and not unpack_halves(offset_bits).isfinite().all():
         raise MaskFormatError("Expected finite offsets, found NaN or infinity. The file is damaged.")

@@ -45,7 +45,7 @@ def build(
     names: Names = None,
     replace: Replace = False,
 ) -> None:
-    """Make a bank of adapters that were trained one by one, or of one that has many rows."""
+    """Create a bank from adapters that were trained one by one, or from one with many rows."""
     from ..errors import ConfigError
     from ..profiles import ProfileBank
 
@@ -136,7 +136,7 @@ def rename(
     old: Annotated[str, typer.Argument(help="Name of a profile.")],
     new: Annotated[str, typer.Argument(help="The name it is to have.")],
 ) -> None:
-    """Give a profile of a bank, frozen or live, another name."""
+    """Rename a profile of a bank, frozen or live."""
     with _edited(bank) as edited:
         edited.rename(old, new)
     output.print(f"{_shown(old)} is now called {_shown(new)}", markup=False, soft_wrap=True)
@@ -146,7 +146,7 @@ def rename(
 def freeze(
     live: Annotated[Path, typer.Argument(help="Folder of a live bank.")], out: Out, replace: Replace = False
 ) -> None:
-    """Write a live bank as an immutable one, which ships, loads with PEFT and opens at once. The live one goes on."""
+    """Write a live bank as an immutable one, which can be shipped and loads with PEFT. The live bank stays in use."""
     from ..profiles import LiveBank
 
     _refuse_present(out, replace)
@@ -158,7 +158,7 @@ def freeze(
 
 @app.command()
 def thaw(bank: Bank, out: Annotated[Path, typer.Option(help="Folder to make the live bank in.")]) -> None:
-    """Make a live bank of an immutable one: profiles can then be put and deleted one by one, while it is served."""
+    """Create a live bank from an immutable one, so that profiles can be added and deleted while it is served."""
     from ..profiles import LiveBank
 
     opened = open_bank(bank)
@@ -175,7 +175,7 @@ def select(
     names: Names = None,
     replace: Replace = False,
 ) -> None:
-    """Write some of a bank's profiles as a bank, in the order they are named."""
+    """Write some of a bank's profiles as a new bank, in the given order."""
     chosen = _chosen(wanted, names)
     _refuse_present(out, replace)
     _write(open_bank(bank).select(chosen), out)
@@ -196,7 +196,7 @@ def export(
     ] = True,
     replace: Annotated[bool, typer.Option("--replace", help="Write over LoRAs that are there.")] = False,
 ) -> None:
-    """Write profiles as stock LoRA folders, which PEFT, vLLM and diffusers read. No model is loaded."""
+    """Write profiles as standard LoRA folders, which PEFT, vLLM and diffusers load. No model is loaded."""
     from ..bank.bake import LoraBaker
     from ..errors import ConfigError
     from ..integrations.vllm.ranks import fitting_rank
@@ -270,7 +270,7 @@ def diff(
     new: Annotated[str, typer.Argument(help="Bank, as it is now.")],
     as_json: Json = False,
 ) -> None:
-    """Say which profiles were added, removed and changed, and in how many bits. Exit code 1 if any were."""
+    """List profiles that were added, removed or changed, and the changed bits. Exit code 1 if there are any."""
     from ..profiles import compare_banks
 
     with progress_bar("comparing two banks"):

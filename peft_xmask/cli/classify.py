@@ -133,7 +133,7 @@ class TextClassifier:
 
     @property
     def trainable_parameters(self) -> int:
-        """How many numbers training changes, the head's included."""
+        """Number of trainable parameters, including the head."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     def train(
@@ -184,7 +184,7 @@ class TextClassifier:
         return float(result.training_loss)
 
     def _identity(self, examples: Examples, settings: TrainSettings) -> dict[str, str]:
-        """What tells a run from others, by what it is of: a digest each."""
+        """What identifies a run: one digest for each of its parts."""
         content = digest_of(json.dumps(pair, ensure_ascii=False).encode() + b"\n" for pair in examples)
         fields = sorted(self.model.peft_config["default"].to_dict().items())
         adapter = {name: str(sorted(value) if isinstance(value, set) else value) for name, value in fields}

@@ -1,4 +1,4 @@
-"""What every command prints with: results on standard output, progress and errors on standard error."""
+"""Output of all commands: results on standard output, progress and errors on standard error."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def new_folder(path: Path, marker: str) -> Path:
 
     Raises:
         ConfigError: it already holds results, that is, a file named ``marker``.
-        OSError: it cannot be made.
+        OSError: it cannot be created.
     """
     from ..errors import ConfigError
 

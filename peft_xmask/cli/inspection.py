@@ -27,7 +27,7 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="Adapter folder, pool folder or .safetensors file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a folder or file is: sizes, fingerprints, masks. No model is needed."""
+    """Describe a folder or file: sizes, fingerprints, masks. No model is needed."""
     facts = describe(path)
     if as_json:
         print_json(facts)

@@ -26,7 +26,7 @@ def masks(
         list[str] | None, typer.Option(help="Name of a profile. May be given again. Default: the mean of all.")
     ] = None,
 ) -> None:
-    """Draw which adapters of the pool are chosen at each site."""
+    """Draw which adapters of the pool are selected at each site."""
     from ..bank.plot import plot_masks
 
     _save(plot_masks(_opened(bank), profile or ()), out)
@@ -42,7 +42,7 @@ def map_profiles(
     column: Annotated[str | None, typer.Option(help="Column that colours the points. Default: the second.")] = None,
     limit: Annotated[int, typer.Option(help="Draw at most so many profiles, chosen at random.", min=3)] = 2000,
 ) -> None:
-    """Draw profiles in two dimensions, those with like masks near each other."""
+    """Draw profiles in two dimensions, with similar masks close to each other."""
     from ..bank.plot import plot_map
 
     name, found = (column or "", None) if values is None else read_column(values, column)
@@ -51,7 +51,7 @@ def map_profiles(
 
 @app.command()
 def usage(bank: Bank, out: Out) -> None:
-    """Draw how often the adapters of the pool are chosen, against chance."""
+    """Draw how often the adapters of the pool are selected, compared with chance."""
     from ..bank.plot import plot_usage
 
     _save(plot_usage(_opened(bank)), out)
@@ -68,7 +68,7 @@ def bytes_per_profile(
     ] = None,
     task: Annotated[str, typer.Option(help="Task of the base model.")] = "FEATURE_EXTRACTION",
 ) -> None:
-    """Draw bytes a profile beside those of other methods, measured as they are saved."""
+    """Draw bytes per profile beside those of other methods, as saved."""
     from ..bank.plot import plot_bytes
 
     opened = _opened(bank)

@@ -26,7 +26,7 @@ def build(
     bottleneck_size: Annotated[int, typer.Option(help="Width of each adapter.")] = 48,
     seed: Annotated[int, typer.Option(help="The pool is its seed.")] = 0,
 ) -> None:
-    """Make a random pool. It takes no room: what is saved is its seed."""
+    """Create a random pool. Only its seed is saved."""
     from ..pool import AdapterPool
 
     _save(AdapterPool.random(num_adapters, bottleneck_size, seed), out)
@@ -61,7 +61,7 @@ def inspect(
     folder: Annotated[Path, typer.Argument(help="Folder of a pool.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what a pool is. No model is needed."""
+    """Describe a pool. No model is needed."""
     from .inspection import describe_pool
 
     facts = describe_pool(folder)

@@ -32,7 +32,7 @@ def cards(
     method: Annotated[str | None, typer.Argument(help="A PEFT method, such as LORA. Default: all.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say how PEFT's methods are built: one method in full, or all in a table."""
+    """Describe PEFT's methods: one in full, or all in a table."""
     from ..reference import card_for
     from ..reference import cards as all_cards
 
@@ -74,7 +74,7 @@ def describe(
     base: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Say what an adapter is: structure, sites, formulas filled in, and what is measured of it."""
+    """Describe an adapter: structure, sites, evaluated formulas and measured sizes."""
     from peft import PeftConfig, PeftModel
 
     from ..errors import ConfigError
@@ -105,7 +105,7 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure methods side by side on one base: numbers, bytes, FLOPs, time, memory."""
+    """Measure methods side by side on one base: parameters, bytes, FLOPs, time and memory."""
     from ..reference import compare as measure
 
     writers = [_writer(path) for path in out or ()]

@@ -1,4 +1,4 @@
-"""The best row of each profile, and when a profile stops."""
+"""Keep the best row of each profile, and decide when a profile stops."""
 
 from __future__ import annotations
 

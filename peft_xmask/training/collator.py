@@ -1,4 +1,4 @@
-"""Batches that say whose each example is."""
+"""Collate batches with the profile of each example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples of a run and whose they are, checked before anything is computed."""
+"""The examples of a run and the profile of each, checked before anything is computed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True)
 class ProfileData:
-    """Examples, and whose each of them is.
+    """Examples, and the profile of each.
 
     Attributes:
         dataset: the training examples.

@@ -14,20 +14,20 @@ from ..errors import ConfigError
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def number() -> int:
-    """Which one this is; the first, 0, is the one that writes."""
+    """The number of this process; process 0 writes."""
     return dist.get_rank() if count() > 1 else 0
 
 
 def total(tensor: Tensor, device: torch.device) -> Tensor:
-    """The sum over all processes, the same bits in each, where the tensor was.
+    """The sum over all processes, bit-identical in each, on the tensor's device.
 
     Args:
-        device: on which processes speak to each other.
+        device: device on which processes communicate.
     """
     if count() == 1:
         return tensor
@@ -67,10 +67,10 @@ def _gathered(rows: Tensor, values: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def send_from_first(tensors: Iterable[Tensor], device: torch.device) -> None:
-    """Give every process the numbers of the first, in place.
+    """Copy the values of process 0 to every process, in place.
 
     Args:
-        device: on which processes speak to each other.
+        device: device on which processes communicate.
     """
     for tensor in tensors if count() > 1 else ():
         sent = tensor.detach().to(device, copy=True)
@@ -79,10 +79,10 @@ def send_from_first(tensors: Iterable[Tensor], device: torch.device) -> None:
 
 
 def require_same(facts: str, device: torch.device) -> None:
-    """Refuse processes that would train something else than the first.
+    """Check that all processes train the same thing as process 0.
 
     Args:
-        device: on which processes speak to each other.
+        device: device on which processes communicate.
 
     Raises:
         ConfigError: in every process.

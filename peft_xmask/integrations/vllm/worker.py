@@ -73,7 +73,7 @@ class ProfileLoader:
 
     Raises:
         ConfigError: a bank that vLLM cannot serve, or not with these flags.
-        BaseMismatchError, PoolMismatchError: another base or pool than the profiles were trained on.
+        BaseMismatchError, PoolMismatchError: the profiles were trained on another base or pool.
     """
 
     def __init__(self, manager: Any, vllm_config: Any, source: BankSource, settings: ServingSettings) -> None:

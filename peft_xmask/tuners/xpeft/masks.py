@@ -38,7 +38,7 @@ class Names(Protocol):
     """Names of rows."""
 
     def find(self, name: str) -> int | None:
-        """Row of a name; None if there is none."""
+        """Row of a name; None if there is no such name."""
 
 
 class AdapterMasks:

@@ -83,7 +83,7 @@ class MaskSpec:
         """Refuse bytes of another shape or dtype, whatever is in them.
 
         Raises:
-            MaskFormatError: as said.
+            MaskFormatError: they are not.
         """
         for name, found, shape in (("bits", bits, self.bits_shape), ("gain_bits", gain_bits, self.gain_shape)):
             if found is None:
