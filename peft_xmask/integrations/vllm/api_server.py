@@ -11,7 +11,7 @@ from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
-from ...errors import ConfigError, PeftXMaskError
+from ...errors import ConfigError, MaskFormatError, PeftXMaskError
 from .bank_source import BankSource, FoundProfile
 from .resolver import ProfileResolver
 from .served import LockTable, ServedProfiles
@@ -61,12 +61,12 @@ class Watcher:
         """Look at the bank once, and update the profiles that come from an older version of it.
 
         A profile that changed gets a request of its own: another path and another number. Requests that are being
-        answered keep the old one. A profile that is gone is forgotten.
+        answered keep the old one. A profile that is gone is forgotten; one that is damaged stays as it was.
         """
         try:
             version = await asyncio.to_thread(self._source.version)
             names = self._served.outdated(version)
-            found = await asyncio.to_thread(lambda: {name: self._source.find(name) for name in names})
+            found = await asyncio.to_thread(self._look_up, names)
         except (PeftXMaskError, OSError) as error:
             if str(error) != self._failure:  # said once
                 LOG.error("The bank cannot be read; profiles stay as they are: %s", error)
@@ -74,15 +74,27 @@ class Watcher:
             return
         self._failure = ""
         for name, profile in found.items():
+            if name not in self._served:  # forgotten meanwhile
+                continue
+            request = dict.__getitem__(self._served, name)
             if profile is None:
-                self._served.pop(name, None)
-            elif name in self._served:
-                request = dict.__getitem__(self._served, name)
-                if request.lora_path != profile.path:
-                    request = LoRARequest(lora_name=name, lora_int_id=self._next_id(), lora_path=profile.path)
-                self._served.update_profile(name, request, profile.version)
+                del self._served[name]
+                continue
+            if isinstance(profile, FoundProfile) and request.lora_path != profile.path:
+                request = LoRARequest(lora_name=name, lora_int_id=self._next_id(), lora_path=profile.path)
+            self._served.update_profile(name, request, version)
         if found:
             LOG.info("The bank was replaced: %d served profiles looked up again.", len(found))
+
+    def _look_up(self, names: list[str]) -> dict[str, FoundProfile | MaskFormatError | None]:
+        found: dict[str, FoundProfile | MaskFormatError | None] = {}
+        for name in names:
+            try:
+                found[name] = self._source.find(name)
+            except MaskFormatError as error:
+                LOG.error("The profile %r is damaged in the new bank; the old one is served: %s", name, error)
+                found[name] = error
+        return found
 
     async def _watch(self) -> None:
         while True:

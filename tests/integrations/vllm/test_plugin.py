@@ -236,6 +236,8 @@ def test_profiles_of_an_older_bank_are_known():
     served.update_profile("a", request("a", "/peft-xmask/1/x/new"), 2)
     assert served.outdated(2) == ["c"]
     assert served["a"].lora_path == "/peft-xmask/1/x/new"
+    del served["c"]
+    assert served.outdated(2) == []
     served.update_profile("gone", request("gone"), 2)  # forgotten meanwhile
     assert "gone" not in served
 
