@@ -13,12 +13,13 @@ PeftXMaskError
 │   └── MaskMismatchError  values for another mask
 ├── LockedError            another process is writing the folder
 ├── StaleGraphError        a backward pass through values that no longer exist
+├── ConcurrencyError       threads that share a model ask for different adapters at once
 ├── FleetError             a shard of profiles failed on every worker that tried it; has ``shard``
 └── MissingExtraError      an optional dependency that is not installed
 ```
 
-``LockedError``, ``StaleGraphError`` and ``FleetError`` are also ``RuntimeError``, ``MissingExtraError`` is also
-``ImportError``, and all others are also ``ValueError``.
+``LockedError``, ``StaleGraphError``, ``ConcurrencyError`` and ``FleetError`` are also ``RuntimeError``,
+``MissingExtraError`` is also ``ImportError``, and all others are also ``ValueError``.
 """
 
 from __future__ import annotations
@@ -80,6 +81,10 @@ class LockedError(PeftXMaskError, RuntimeError):
 
 class StaleGraphError(PeftXMaskError, RuntimeError):
     """A backward pass needs values that were changed after the forward pass."""
+
+
+class ConcurrencyError(PeftXMaskError, RuntimeError):
+    """Threads that share a model asked for different adapters, and it is not clear which a forward pass should serve."""
 
 
 class FleetError(PeftXMaskError, RuntimeError):

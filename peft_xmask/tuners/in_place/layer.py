@@ -291,6 +291,7 @@ class InPlaceLayer(TargetLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters. If none of them changes this module, it gets its own numbers back at once."""
+        self._use.guard.note_switch()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._note_set_adapter()
 
@@ -309,6 +310,7 @@ class InPlaceLayer(TargetLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters. Disabled, the module has its own numbers at once, unless they are merged."""
+        self._use.guard.note_toggle()
         super().enable_adapters(enabled)
         self._state.stale = True
         if not enabled and not self.merged:
@@ -316,6 +318,7 @@ class InPlaceLayer(TargetLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter."""
+        self._use.guard.note_toggle()
         if adapter_name in self.merged_adapters:
             self.unmerge()
         if any(name == adapter_name for name, _ in self._state.served):
@@ -335,6 +338,7 @@ class InPlaceLayer(TargetLayer):
         Raises:
             MergeError: with ``safe_merge``, a result that is not finite; the module is left as it was.
         """
+        self._use.guard.note_toggle()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
         merged = list(self.merged_adapters)
         for name in names:
@@ -357,6 +361,7 @@ class InPlaceLayer(TargetLayer):
 
     def unmerge(self) -> None:
         """Give the parameters their own numbers back, bit for bit."""
+        self._use.guard.note_toggle()
         self.merged_adapters.clear()
         self.sync(())
         self._find_unions()

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...errors import FileFormatError
 from ..base.state import PackedTensor, RootTable, TrainableTensor
-from .guard import PassGuard
+from .guard import PassGuard, State
 from .version import TensorVersion
 
 
@@ -115,6 +116,7 @@ class DeltaTable(RootTable):
         self.add_module(self.state_name, nn.ModuleDict())
         self._adapters: dict[str, DeltaVector] = {}
         self.guard = PassGuard()
+        self.hooks: list[RemovableHandle] = []
 
     def __getitem__(self, adapter_name: str) -> DeltaVector:
         return self._adapters[adapter_name]
@@ -123,6 +125,11 @@ class DeltaTable(RootTable):
     def holders(self) -> MutableMapping[str, TrainableTensor | PackedTensor]:
         """What PEFT walks: the modules that hold the vectors, by adapter name."""
         return getattr(self, self.state_name)  # type: ignore[no-any-return]
+
+    @property
+    def state(self) -> State:
+        """Which adapters are active in the model, and whether they are disabled."""
+        return tuple(self.active_adapters), self._disable_adapters
 
     def add(self, adapter_name: str, vector: Tensor, sizes: Sequence[int], rounding: torch.dtype | None = None) -> None:
         """Add an adapter.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +34,7 @@ class InPlaceTuner(TargetTuner):
 
     layer_cls: type[InPlaceLayer]
     table_cls: type[DeltaTable]
+    _injecting_now = False
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """What is looked at from here on is the base's own."""
@@ -45,9 +48,54 @@ class InPlaceTuner(TargetTuner):
 
         Those walks take longer than the rest of a switch.
         """
-        found = _Found(self.model, (AuxiliaryTrainingWrapper, self.tuner_layer_cls))
-        set_adapter(found, adapter_name, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls)
-        self.active_adapter = adapter_name
+        with self._changing_state(adapter_name, None):
+            found = _Found(self.model, (AuxiliaryTrainingWrapper, self.tuner_layer_cls))
+            set_adapter(found, adapter_name, inference_mode=inference_mode, layer_cls=self.tuner_layer_cls)
+            self.active_adapter = adapter_name
+
+    def enable_adapter_layers(self) -> None:
+        """Enable the active adapters."""
+        with self._changing_state(None, False):
+            super().enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Disable all adapters."""
+        with self._changing_state(None, True):
+            super().disable_adapter_layers()
+
+    @contextmanager
+    def _changing_state(self, names: str | list[str] | None, disabled: bool | None) -> Iterator[None]:
+        """Change the state of all layers, one thread after another, and remember what this thread asked for.
+
+        Args:
+            names: of the active adapters; None: they stay.
+            disabled: whether adapters are disabled; None: as they are.
+        """
+        table = getattr(self.model, TABLE, None)
+        if not isinstance(table, DeltaTable) or self._injecting_now:
+            yield
+            return
+        with table.guard.changing_state:
+            now = table.state
+            wanted = now[0] if names is None else (names,) if isinstance(names, str) else tuple(names)
+            (table.guard.note_switch if disabled is None else table.guard.note_toggle)()
+            yield
+            table.guard.note_state((wanted, now[1] if disabled is None else disabled))
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into the model, or leave the model as it was."""
+        self._injecting_now = True
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._injecting_now = False
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Pass ``adapter_names``, one name for each example of the batch, to the layers."""
+        named = self.table.guard.names_given() if kwargs.get("adapter_names") is not None else nullcontext()
+        with named, super()._enable_peft_forward_hooks(*args, **kwargs):
+            yield
 
     @property
     def table(self) -> DeltaTable:
@@ -61,6 +109,10 @@ class InPlaceTuner(TargetTuner):
             table = self.table_cls()
             table.train(self.model.training)
             setattr(self.model, TABLE, table)
+            table.hooks = [
+                self.model.register_forward_pre_hook(_begin_pass),
+                self.model.register_forward_hook(_end_pass),
+            ]
 
     def _check_targets(self, model: nn.Module, found: list[tuple[str, nn.Module]], names: list[list[str]]) -> None:
         """Reject parameters whose change in place would have side effects.
@@ -136,6 +188,8 @@ class InPlaceTuner(TargetTuner):
             layer.release(restore=not merge)
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)  # type: ignore[func-returns-value]
         if hasattr(model, TABLE):
+            for hook in getattr(model, TABLE).hooks:
+                hook.remove()
             delattr(model, TABLE)
         return model
 
@@ -169,6 +223,18 @@ class InPlaceTuner(TargetTuner):
             )
         state_dict = {**state_dict, key: table[adapter_name].check_stored(state_dict[key])}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _begin_pass(model: nn.Module, _: Any) -> None:
+    table = model._modules.get(TABLE)
+    if isinstance(table, DeltaTable) and not torch.compiler.is_compiling():
+        table.guard.begin_pass(lambda: table.state)
+
+
+def _end_pass(model: nn.Module, *_: Any) -> None:
+    table = model._modules.get(TABLE)
+    if isinstance(table, DeltaTable) and not torch.compiler.is_compiling():
+        table.guard.end_pass()
 
 
 class _Found:

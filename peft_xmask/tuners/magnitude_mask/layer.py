@@ -92,6 +92,7 @@ class MagnitudeMaskLayer(InPlaceLayer, MagnitudeMaskModule):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters. Masks have nothing to train or to freeze, so none of them is visited."""
+        self._use.guard.note_switch()
         self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._note_set_adapter()
 
