@@ -1,6 +1,7 @@
 """Threads that share a model whose parameters hold its adapters: right answers, or an error, never another's answer."""
 
 import copy
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -70,12 +71,19 @@ def in_threads(work) -> list:
 
 
 def test_each_call_names_its_adapters(model, expected):
+    """Whatever the other threads ask for, each row is what one thread alone gives for the same names."""
+    twin = copy.deepcopy(model)
+    choices = list(itertools.product([*NAMES, "__base__"], repeat=len(X)))
+    with torch.no_grad():
+        alone = {names: twin(X, adapter_names=list(names)) for names in choices}
+    for names, found in alone.items():
+        torch.testing.assert_close(found, torch.stack([expected[name][k] for k, name in enumerate(names)]))
+
     def work(number):
         wrong = 0
         for i in range(CALLS):
-            names = [[*NAMES, "__base__"][(number + i + k * number) % 4] for k in range(len(X))]
-            found = model(X, adapter_names=names)
-            wrong += not torch.equal(found, torch.stack([expected[name][k] for k, name in enumerate(names)]))
+            names = choices[(5 * number + 3 * i) % len(choices)]
+            wrong += not torch.equal(model(X, adapter_names=list(names)), alone[names])
         return wrong
 
     assert sum(in_threads(work)) == 0

@@ -148,7 +148,7 @@ def test_targets_that_cannot_be(tiny_bert, masked):
     refused(tiny_bert(), "without a weight", target_modules=["dropout"])
     refused(tiny_bert(), "not found", ValueError, target_modules=["nothing"])
     refused(nn.Sequential(nn.Linear(2, 2)), "No default target_modules")
-    refused(nn.Sequential(nn.MultiheadAttention(4, 2)), "without being called", target_modules=["out_proj"])
+    refused(nn.Sequential(nn.MultiheadAttention(4, 2)), "is never called", target_modules=["out_proj"])
 
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.1, True, "a", float("nan")])

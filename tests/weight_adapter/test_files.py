@@ -5,9 +5,10 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from adapted_models import base_tensors, layers_of, logits, same, stored
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -201,7 +202,7 @@ def test_targets_that_cannot_be(tiny_bert):
     refused(tiny_bert(), "without a weight", target="weight", target_modules=["dropout"])
     refused(tiny_bert().to("meta"), "on the meta device", target_modules=["query"])
     refused(tiny_bert(), "not found", target_modules=["nothing"])
-    refused(nn.Sequential(nn.MultiheadAttention(4, 2)), "without being called", target_modules=["out_proj"])
+    refused(nn.Sequential(nn.MultiheadAttention(4, 2)), "is never called", target_modules=["out_proj"])
     for target in ("weight", "both"):
         model = get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), WeightAdapterConfig(target=target))
         assert len(layers_of(model)) == 3
@@ -220,7 +221,7 @@ def test_fields_that_cannot_be(fields):
 
 ALONE = """
 import sys, torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_model, save_file
 from transformers import BertForSequenceClassification
 model = BertForSequenceClassification.from_pretrained(sys.argv[1]).eval()
 assert not {name for name in sys.modules if name.partition(".")[0] in ("peft", "peft_xmask")}
@@ -307,3 +308,25 @@ def test_a_checkpoint_of_another_run_is_refused(adapted, tiny_batch, tmp_path):
     (checkpoint / "optimizer.pt").unlink()
     with pytest.raises(FileFormatError, match="another run"):
         other.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("target", ["bias", "weight", "both"])
+def test_savers_of_whole_models(target, adapted, tiny_batch, tmp_path):
+    """safetensors and accelerate refuse tensors that share memory: what is stored is one zero, until it is loaded."""
+    model, other = (adapted(target=target, task_type=None) for _ in range(2))
+    with torch.no_grad():
+        for each in (each for each in other.parameters() if each.requires_grad):
+            each.add_(0.1)
+    expected = logits(model, tiny_batch)
+    assert not torch.equal(logits(other, tiny_batch), expected)
+    save_model(model, str(tmp_path / "whole.safetensors"))
+    load_model(other, str(tmp_path / "whole.safetensors"))
+    assert torch.equal(logits(other, tiny_batch), expected)
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(model)
+    accelerator.save_state(str(tmp_path / "state"))
+    with torch.no_grad():
+        for each in (each for each in model.parameters() if each.requires_grad):
+            each.add_(0.1)
+    accelerator.load_state(str(tmp_path / "state"))
+    assert torch.equal(logits(prepared, tiny_batch), expected)

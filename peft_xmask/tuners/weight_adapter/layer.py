@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..base.peft_private import BaseTunerLayer
-from ..base.state import PackedTensor, TrainableTensor
+from ..base.state import PackedTensor, TrainableTensor, lazy_zeros
 from ..in_place.autograd import Change, TrainedChange
 from ..in_place.layer import InPlaceLayer
 from ..in_place.table import DeltaTable, refuse_non_finite
@@ -26,6 +26,33 @@ class WeightAdapterModule(BaseTunerLayer):
     """What PEFT visits when it sets, enables or deletes an adapter: the layers and the table."""
 
 
+class StoredChange(PackedTensor):
+    """The stored change of one adapter. While it is all zero it may be a single number, expanded, which takes no room.
+
+    A state dict always has the whole tensor, because savers refuse tensors that share memory with themselves.
+    """
+
+    @classmethod
+    def zeros(cls, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Zeros that take no room, ``[count]``."""
+        return torch.zeros(1, dtype=dtype, device=device).expand(count)
+
+    def _make_room(self) -> None:
+        if self.weight.numel() > 1 and self.weight.stride() == (0,):
+            self.weight = lazy_zeros(*self.weight.shape, dtype=self.weight.dtype, device=self.weight.device)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        small = self.weight
+        self._make_room()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.weight = small
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            self._make_room()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
 class ResultTable(DeltaTable, WeightAdapterModule):
     """The stored changes of all layers, ``weight_adapter_delta.<adapter>.weight [n]``: what is saved.
 
@@ -34,7 +61,7 @@ class ResultTable(DeltaTable, WeightAdapterModule):
 
     state_name = "weight_adapter_delta"
     adapter_layer_names = ("weight_adapter_delta",)
-    holder_cls = PackedTensor
+    holder_cls = StoredChange
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..base.peft_private import register
 from ..base.targets import FFN_LINEAR
 from ..in_place.tuner import InPlaceTuner, find_table, parameter_names
 from .config import WeightAdapterConfig
-from .layer import AdaptedParameter, ModuleAdapter, ResultTable, WeightAdapterLayer, WeightAdapterModule
+from .layer import AdaptedParameter, ModuleAdapter, ResultTable, StoredChange, WeightAdapterLayer, WeightAdapterModule
 from .product import Start
 
 
@@ -60,7 +60,7 @@ class WeightAdapterModel(InPlaceTuner):
             self._make_table()
             dtype = dtype_from_name(config.storage_dtype or "float32")
             device = next(iter(layer.get_base_layer().parameters())).device
-            start = torch.zeros(1, dtype=dtype, device=device).expand(sum(self._new))  # takes no room until it is kept
+            start = StoredChange.zeros(sum(self._new), dtype, device)
             rounding = None if dtype == torch.float32 else dtype
             self.table.add(adapter_name, start if adapter.trained else start.clone(), self._new, rounding)
             self._copy_stored(adapter_name)
