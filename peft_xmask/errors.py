@@ -84,7 +84,7 @@ class StaleGraphError(PeftXMaskError, RuntimeError):
 
 
 class ConcurrencyError(PeftXMaskError, RuntimeError):
-    """Threads that share a model asked for different adapters, and it is not clear which a forward pass should serve."""
+    """Threads that share a model asked for different adapters, so it is unclear which ones a forward pass serves."""
 
 
 class FleetError(PeftXMaskError, RuntimeError):

@@ -80,6 +80,8 @@ HOOKS = {
         "_prepare_model",
         "_remap_adapter_state_dict_for_load",
         "_unload_and_optionally_merge",
+        "disable_adapter_layers",
+        "enable_adapter_layers",
         "inject_adapter",
         "prefix",
         "set_adapter",

@@ -151,3 +151,16 @@ def test_an_adapter_that_another_thread_has_set_is_not_served_for_one_s_own(mode
     assert torch.equal(model(X, adapter_names=["a", "a"]).detach(), expected["a"])
     model.set_adapter("a")
     assert torch.equal(model(X).detach(), expected["a"])
+
+
+def test_what_one_thread_does_by_itself_is_never_refused(model, expected):
+    """Layers may be set, and adapters deleted, behind the model's back."""
+    with torch.no_grad():
+        model.base_model.set_adapter(["a", "b"])
+        model(X)
+        model.delete_adapter("b")
+        assert torch.equal(model(X), expected["a"])
+        for module in model.modules():
+            if hasattr(module, "set_adapter") and module is not model and module is not model.base_model:
+                module.set_adapter("c")
+        assert torch.equal(model(X), expected["c"])

@@ -24,7 +24,8 @@ class _OfThread:
 
     Attributes:
         switches, toggles: changes of its own.
-        state: of the model after the last of them; None: it has made none.
+        state: of the model that it asked for last; None: it has asked for none.
+        foreign_then: changes by others before it did.
         foreign: changes by others before the pass that it is in.
         named: whether it has named the adapters of its passes (``adapter_names``).
     """
@@ -32,6 +33,7 @@ class _OfThread:
     switches: int = 0
     toggles: int = 0
     state: State | None = None
+    foreign_then: tuple[int, int] = (0, 0)
     foreign: tuple[int, int] = (0, 0)
     named: bool = False
 
@@ -64,7 +66,8 @@ class PassGuard:
 
     def note_state(self, state: State) -> None:
         """This thread has asked for this state of the model."""
-        self._mine.state = state
+        mine = self._mine
+        mine.state, mine.foreign_then = state, self._foreign(mine)
 
     @contextmanager
     def names_given(self) -> Iterator[None]:
@@ -88,9 +91,10 @@ class PassGuard:
         mine = self._mine
         with self.changing_state:
             now, mine.foreign = state(), self._foreign(mine)
-        if mine.state is not None and mine.state != now and not mine.named:
+        asked = mine.state if mine.foreign != mine.foreign_then else None  # None: nobody else changed it
+        if asked is not None and asked != now and not mine.named:
             raise ConcurrencyError(
-                f"This thread asked for {_words(mine.state)}, and another thread has asked for {_words(now)} since. "
+                f"This thread asked for {_words(asked)}, and another thread has asked for {_words(now)} since. "
                 f"Active adapters belong to the model. {_ADVICE}"
             )
 
