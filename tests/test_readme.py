@@ -55,3 +55,13 @@ def assert_printed_as_documented(blocks: list[str], stdout: str) -> None:
         assert found is not None, f"not printed: {expected}"
         for one, other in zip(NUMBER.findall(found), NUMBER.findall(expected), strict=True):
             assert float(one) == pytest.approx(float(other), abs=0.1), f"printed {found}, documented {expected}"
+
+
+def test_the_api_page_has_every_public_name():
+    import peft_xmask
+    from peft_xmask import errors
+
+    listed = set(
+        re.findall(r"^::: peft_xmask\.(?:profiles\.)?(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+    )
+    assert {name for name in peft_xmask.__all__ if not name.startswith("__") and not hasattr(errors, name)} <= listed
