@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from peft_xmask import ProfileBank, ProfileLearning, learn_profile, train_profiles
 from peft_xmask.errors import BaseMismatchError, ConfigError
@@ -96,7 +97,6 @@ def test_what_comes_before_the_first_adapted_block_is_computed_once(bank):
 
 
 def train_profiles_on_all_blocks() -> torch.nn.Module:
-    from peft import get_peft_model
 
     return get_peft_model(taught.base(), taught.config())
 
@@ -145,3 +145,14 @@ def test_what_is_refused(bank):
         other.bert.encoder.layer[2].output.dense.weight.neg_()
     with pytest.raises(BaseMismatchError):
         learn_profile(other, bank.select(bank), "new", labelled(1, 4))
+
+
+def test_a_base_whose_adapter_was_unloaded_before_its_first_pass_runs():
+    """Also with another adapter in the place of the first."""
+
+    batch = {"input_ids": torch.tensor(taught.examples()["input_ids"][:3])}
+    base = get_peft_model(taught.base(), taught.config()).unload().eval()
+    with torch.no_grad():
+        assert torch.equal(base(**batch).logits, taught.base()(**batch).logits)
+    again = get_peft_model(get_peft_model(taught.base(), taught.config()).unload(), taught.config()).eval()
+    assert again(**batch).logits.isfinite().all()

@@ -97,7 +97,7 @@ class FirstPassWatch:
     """
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
-        self._names, self._missing = tuple(layers), set(layers)
+        self._layers, self._missing = dict(layers), set(layers)
         self._handles = [model.register_forward_hook(self._end)]
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_pre_hook(partial(self._called, name)))
@@ -106,8 +106,8 @@ class FirstPassWatch:
         if not torch.compiler.is_compiling():
             self._missing.discard(name)
 
-    def _end(self, *_: Any) -> None:
-        """Report once.
+    def _end(self, model: nn.Module, *_: Any) -> None:
+        """Report once. Adapters that were unloaded before the first pass are not missed.
 
         Raises:
             TargetError: no adapted module was called.
@@ -116,7 +116,11 @@ class FirstPassWatch:
             return
         for handle in self._handles:
             handle.remove()
-        called = {_kind(name) for name in self._names if name not in self._missing}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        present = {name for name, layer in self._layers.items() if modules.get(name) is layer}
+        self._missing &= present
+        called = {_kind(name) for name in present - self._missing}
+        self._layers = {}
         missing = sorted(name for name in self._missing if _kind(name) not in called)
         if not missing:
             return
