@@ -17,10 +17,11 @@ import torch
 import transformers
 from quality_cells import Cells, chosen
 from quality_choice import methods_of, wanted
+from quality_common import base_of
 from quality_lm import train_lm
 from quality_methods import GROUPS, METHODS
 from quality_report import markdown, report
-from quality_tasks import TASKS, base, load
+from quality_tasks import TASKS, load
 from timing import print_json, progress
 
 from peft_xmask import profile_size
@@ -46,7 +47,7 @@ def train(task, parts, called, rate, seed, better_than):
         warmup=method.warmup,
         seed=seed,
     )
-    classifier = TextClassifier.create(base(), parts.labels, method.config(), pooling=task.head, seed=seed)
+    classifier = TextClassifier.create(base_of(task), parts.labels, method.config(), pooling=task.head, seed=seed)
     method.prepare(classifier.model)
     parameters = {name: p.numel() for name, p in classifier.model.named_parameters() if p.requires_grad}
     own = sum(count for name, count in parameters.items() if ".modules_to_save." not in name)
@@ -58,6 +59,7 @@ def train(task, parts, called, rate, seed, better_than):
         classifier.save(folder)
         size = profile_size(folder)
     payload = 4 * own if method.saves_more or not size.payload_bytes else size.payload_bytes
+    payload = payload if method.payload is None else method.payload
     validation = round(classifier.evaluate(parts.validation).accuracy, 4)
     line = {
         "steps": task.steps, "method": called, "rate": rate, "seed": seed, "trained": own,

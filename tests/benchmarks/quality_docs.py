@@ -1,7 +1,8 @@
-"""Draws the tables of the documentation from the kept lines of the quality benchmark.
+"""Draws the tables of the documentation from the kept lines of the quality benchmark and of the one on people.
 
 A table follows a comment that says which it is: ``<!-- quality.py --tasks TASK ... --methods METHOD ... -->``, with
-``--losses`` if it has them. With ``--check`` nothing is written, and the exit status is 1 if a table is not what the
+``--losses`` if it has them, or ``<!-- people.py --set SET --rows ROW ... -->``, with ``--measure 1`` for accuracy and
+``--adds`` for what each row adds to the layers below it. With ``--check`` nothing is written, and the exit status is 1 if a table is not what the
 lines say.
 """
 
@@ -11,21 +12,36 @@ import shlex
 import sys
 from pathlib import Path
 
+import people_report
 from quality_choice import wanted
 from quality_report import markdown
 
-TABLE = re.compile(r"<!-- quality\.py (?P<said>[^>]*?) -->\n\n(?P<table>(?:\|.*\n)*)")
+TABLE = re.compile(r"<!-- (?P<script>quality|people)\.py (?P<said>[^>]*?) -->\n\n(?P<table>(?:\|.*\n)*)")
 
 
-def drawn(said):
+def drawn(script, said):
     """The table that a comment asks for."""
+    return (drawn_people if script == "people" else drawn_quality)(said) + "\n"
+
+
+def drawn_people(said):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--set", required=True, choices=people_report.MEASURES)
+    parser.add_argument("--rows", nargs="+", required=True)
+    parser.add_argument("--measure", type=int, default=0)
+    parser.add_argument("--adds", action="store_true")
+    asked = parser.parse_args(shlex.split(said))
+    return people_report.markdown(asked.set, asked.rows, asked.measure, asked.adds)
+
+
+def drawn_quality(said):
     parser = argparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--tasks", nargs="+", required=True)
     parser.add_argument("--methods", nargs="+", required=True)
     parser.add_argument("--losses", action="store_true")
     asked = parser.parse_args(shlex.split(said))
     methods = {task: wanted(task, asked.methods) for task in asked.tasks}
-    return markdown(asked.tasks, methods, 3, asked.losses) + "\n"
+    return markdown(asked.tasks, methods, 3, asked.losses)
 
 
 def redraw(text):
@@ -33,7 +49,8 @@ def redraw(text):
 
     def again(found):
         gap = "" if found["table"] else "\n"  # where there was no table yet, what follows is a line away
-        return f"<!-- quality.py {found['said']} -->\n\n{drawn(found['said'])}{gap}"
+        script, said = found["script"], found["said"]
+        return f"<!-- {script}.py {said} -->\n\n{drawn(script, said)}{gap}"
 
     return TABLE.sub(again, text)
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 from quality_method import k_hot, xpeft, xpeft_of
-from quality_pools import cut_adapters, home_made, principal_adapters, trained_adapters, trained_loras
+from quality_pools import ADAPTERS, SITES, cut_adapters, home_made, principal_adapters, trained_adapters, trained_loras
 
 ATTENTION_PATTERN = r".*\.attention\.output\.dense"
 BOTH_PATTERN = r".*\.output\.dense"
@@ -143,6 +143,11 @@ LEADS = {
         "signs, 1600 x 3": xpeft(1600, 3, mask_weighting="signed", scale=0.03),
         "signs, query and value, 200 x 2": xpeft(200, 2, **SIGNS_QV),
         "signs, query and value, 50 x 2": xpeft(50, 2, **SIGNS_QV, search=False),
+    },
+    "common": {
+        "mean of the trained pool": xpeft_of(
+            trained_adapters, 48, top_k=ADAPTERS, scale=2.0, start=0.3, search=False, payload=2 * SITES
+        ),
     },
     "pool": {
         "uniform pool": xpeft_of(home_made, "uniform", mask_weighting="variance", scale=0.3, search=False),

@@ -26,6 +26,7 @@ class Method:
         warmup: share of the steps in which rates rise.
         search: whether the rate is searched; if not, it is ``start``.
         saves_more: whether its file has frozen numbers, which are no part of a profile, beside what is trained.
+        payload: bytes of a profile, where its file has masks that nobody trained; None: as many as the file has.
     """
 
     config: Callable[[], PeftConfig]
@@ -36,13 +37,14 @@ class Method:
     warmup: float = 0.06
     search: bool = True
     saves_more: bool = False
+    payload: int | None = None
 
 
 def of(kind, task_type="SEQ_CLS", **settings):
     return lambda: kind(task_type=task_type, **settings)
 
 
-TRAINING = ("prepare", "optimizer", "warmup", "search")
+TRAINING = ("prepare", "optimizer", "warmup", "search", "payload")
 """Of what an X-PEFT method is told, all that is not of its config."""
 
 
@@ -52,13 +54,13 @@ def xpeft(num_adapters=100, bottleneck_size=48, *, start=0.1, **settings):
     return Method(made, start=start, masks=True, **training)
 
 
-def xpeft_of(pool, *arguments, start=0.1, search=True, **settings):
+def xpeft_of(pool, *arguments, start=0.1, search=True, payload=None, **settings):
     """X-PEFT over a pool that is made when it is first wanted."""
 
     def made():
         return XPEFTConfig(task_type="SEQ_CLS", pool=pool(*arguments), **settings)
 
-    return Method(made, start=start, masks=True, search=search)
+    return Method(made, start=start, masks=True, search=search, payload=payload)
 
 
 def k_hot(*sizes, **settings):

@@ -24,6 +24,7 @@ SIZE, WIDTH = 100, 48
 STD = 0.1
 ADAPTER_SEEDS, LORA_SEEDS = 4, 2  # adapters of each seen domain
 ADAPTERS = len(SEEN) * ADAPTER_SEEDS
+SITES = 6  # blocks of MiniLM, an adapter in each
 
 
 def pool_in(name, adapters):

@@ -24,6 +24,7 @@ class Task:
         domain: of clinc150; None: all ten.
         shots: training texts of each label, drawn anew for each seed; None: all there are.
         rates_from: task whose learning rates are taken over, where a search would cost too much; None: search.
+        common: whether the base has one adapter of all seen domains merged into it (``quality_common.py``).
     """
 
     dataset: str
@@ -33,6 +34,7 @@ class Task:
     domain: str | None = None
     shots: int | None = None
     rates_from: str | None = None
+    common: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ TASKS = {
         f"{task}{ending}": Task("clinc150", "model", steps, 16, UNSEEN[task], rates_from=f"car{ending}")
         for task in ("home", "work")
         for ending, steps in (("", 100), ("-25", 25), ("-400", 400))
+    },
+    **{
+        f"{task}-common": Task("clinc150", "model", 100, 16, domain, rates_from="car", common=True)
+        for task, domain in UNSEEN.items()
     },
     **{domain: Task("clinc150", "model", 100, 16, domain, rates_from="car") for domain in SEEN},
     "banking77": Task("banking77", "mean", 200, 16),
