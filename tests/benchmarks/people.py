@@ -8,7 +8,6 @@ from, and the last 30 % are tested. Trainings are kept as JSON lines in results/
 """
 
 import argparse
-import json
 import tempfile
 import time
 from dataclasses import dataclass
@@ -171,7 +170,9 @@ class Bench:
             grid, payload, _ = self.prior_line(name, row, part, count)
         else:
             grid, payload, _ = self.line(row, part, count, rate)
-        self.lines.keep(key | {"payload_bytes": payload, "seconds": round(time.process_time() - start, 1), "grid": grid})
+        self.lines.keep(
+            key | {"payload_bytes": payload, "seconds": round(time.process_time() - start, 1), "grid": grid}
+        )
 
 
 def cell(found, below):
@@ -193,8 +194,12 @@ class Fixed:
 
 
 def measure(name, rows, seeds, counts, cache, held=True):
-    people = load(name, cache)
+    """Train what is missing."""
     lines = Lines(name)
+    wanted = len(seeds) * len(counts)
+    if not held and len(lines.find(row=TRIED, part="tune")) >= wanted:
+        return
+    people = load(name, cache)
     for called in rows:
         row = ROWS[called]
         for seed in seeds:

@@ -79,10 +79,8 @@ def constant(people, learn, tested):
 
 def loss_of(kind, score, other, head, votes):
     predicted = logits(kind, score[:, None], None if other is None else other[:, None], head, None).squeeze(1)
-    if kind == "pair":
-        found = -(votes.mean * predicted.log_softmax(-1)).sum(-1)
-    else:
-        found = losses(kind, predicted, votes.mean)
+    pair = kind == "pair"
+    found = -(votes.mean * predicted.log_softmax(-1)).sum(-1) if pair else losses(kind, predicted, votes.mean)
     return (found * votes.count).sum() / votes.count.sum()
 
 

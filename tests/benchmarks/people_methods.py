@@ -11,8 +11,8 @@ from people_data import INNER, WIDTH
 from people_tail import figures, logits, losses
 from torch.nn import functional as F
 
-from peft_xmask.functional import hard_mask, mix, scaled_gain
-from peft_xmask.packing import packed_size
+from peft_xmask.core.masks import hard_mask, mix, scaled_gain
+from peft_xmask.core.packing import packed_size
 
 BATCH = 16
 MARKS = (3, 6, 12, 20)
@@ -59,7 +59,7 @@ class Pool:
     """Adapters of one site: ``up [N, 384, b]``, and ``down [N, b, 384]`` with ReLU, one after the layer.
 
     Linear and beside the layer, as LoRA is, if ``down`` is ``[N, b, 1536]``. Linear, with one ``down`` for all of them:
-    of one for all, ``down [b, 384]`` and ``down_bias [b]``, averages are taken (``mask_norm="mean"``): signs would
+    of one for all, ``down [b, 384]`` and ``down_bias [b]``, averages are taken (``mask_weighting="mean"``): signs would
     cancel it.
     """
 
@@ -68,14 +68,14 @@ class Pool:
     down_bias: torch.Tensor | None = None
 
     @property
-    def norm(self):
-        return "signs" if self.down.dim() == 3 else "mean"
+    def weighting(self):
+        return "signed" if self.down.dim() == 3 else "mean"
 
     @property
     def scale(self):
         """Start of the gain: an average of half of N moves as signs do if it is sqrt(N) times as large."""
         start = min(0.3, 40 / len(self.up))
-        return start if self.norm == "signs" else start * len(self.up) ** 0.5
+        return start if self.weighting == "signed" else start * len(self.up) ** 0.5
 
 
 class Masks:
@@ -104,7 +104,7 @@ class Masks:
         return [{"params": [self.logits, self.gain], "lr": rate}]
 
     def masks(self):
-        return hard_mask(self.logits, self.number // 2, estimator="identity", norm=self.pool.norm)
+        return hard_mask(self.logits, self.number // 2, estimator="straight_through", weighting=self.pool.weighting)
 
     def parts(self, batch):
         mask = self.masks()
@@ -112,7 +112,7 @@ class Masks:
         if self.start is not None:
             up = up - self.start
         up = up * scaled_gain(self.gain, self.scale, 1.0)[:, None, None]
-        if self.pool.norm == "mean":  # an average of equal down-projections is any of them
+        if self.pool.weighting == "mean":  # an average of equal down-projections is any of them
             return batch["read"] @ self.pool.down.T + self.pool.down_bias, up
         hidden = batch["read"] @ mix(mask[:, 0], self.pool.down).transpose(1, 2)
         return hidden if self.reads == "inner" else torch.relu(hidden), up
@@ -247,13 +247,11 @@ def offset_payload(kind, priors):
 def random_pool(number, width, seed, reads=WIDTH):
     """The package's own random pool, for one site."""
     from peft_xmask import AdapterPool
-    from peft_xmask.sites import Site
+    from peft_xmask.core.sites import Site
 
     site = Site("encoder.layer.5.output.dense", reads, WIDTH)
     drawn = AdapterPool.random(number, width, seed).bind([site])[0]
     return Pool(drawn.down, drawn.up)
-
-
 
 
 def principal_pool(tail, number, width, seed):

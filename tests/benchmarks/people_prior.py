@@ -17,8 +17,8 @@ from people_data import WIDTH
 from people_methods import SPREAD, SharedAdam, padded
 from people_tail import logits, losses
 
-from peft_xmask.functional import hard_mask, mix, scaled_gain
-from peft_xmask.packing import packed_size
+from peft_xmask.core.masks import hard_mask, mix, scaled_gain
+from peft_xmask.core.packing import packed_size
 
 STEPS, RATE = 80, 0.1
 
@@ -132,7 +132,7 @@ def masks(said, priors, variance, number, seed):
     scale = 1.5 * (size / number) ** 0.5 * number**0.5
 
     def mask():
-        return hard_mask(bits, number // 2, estimator="identity", norm="mean")[:, 0]
+        return hard_mask(bits, number // 2, estimator="straight_through", weighting="mean")[:, 0]
 
     start = mix(mask()[:1].detach(), table)
     rates = (RATE, RATE, 0.02)
@@ -148,7 +148,9 @@ def masks(said, priors, variance, number, seed):
             best = now
         else:
             better = now[0] < best[0]
-            best = tuple(torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(now, best, strict=True))
+            best = tuple(
+                torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(now, best, strict=True)
+            )
         optimizer.zero_grad()
         each.sum().backward()
         optimizer.step()
@@ -160,7 +162,7 @@ def mask_payload(number):
 
 
 def fitted(said, priors, size, rounds=25, start=0.003, weight=2.0):
-    """Variance of every coefficient from what people said (expectation maximisation, with ``weight`` people at ``start``)."""
+    """Variance of each coefficient, by expectation maximisation from what people said; ``weight`` more at ``start``."""
     variance = torch.full((size,), start)
     for _ in range(rounds):
         offsets, own = numbers(said, priors, variance)

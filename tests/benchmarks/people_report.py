@@ -35,7 +35,7 @@ class Lines:
             stream.write(json.dumps(line) + "\n")
 
     def priors(self, row, seed):
-        """Prior variances of the offset below a row: the best over all numbers of labels, of people who are not held out."""
+        """Prior variances of the offset below a row: the best over all numbers of labels, on people not held out."""
         name = "common + offset, slope" if row.common else "base + offset"
         return tuple(map(float, self.prior_cell(name, seed).split("/")))
 
@@ -52,7 +52,7 @@ class Lines:
         return min(rates, key=lambda rate: min(self.tuned(name, seed, labels, rate).values()))
 
     def tuned(self, name, seed, labels, rate):
-        """By cell, the figure and one standard error of its difference to what is below: a layer must earn its place."""
+        """By cell, the figure and a standard error of its difference to what is below: a layer must earn its place."""
         found = self.find(seed=seed, part="tune", row=name, labels=labels, rate=rate)
         return {key: cell[0] + cell[2] for key, cell in found[0]["grid"].items()}
 
@@ -93,7 +93,9 @@ def spread(values):
 def table_rows(name, rows, plain=True):
     """For each row ``(row, bytes, figures by column and seed)``; the layers without anything personal come first."""
     lines = Lines(name)
-    plain = () if not plain else (("no text", "no text + offset"), ("base", "base + offset"), ("common", "common + offset"))
+    plain = (
+        () if not plain else (("no text", "no text + offset"), ("base", "base + offset"), ("common", "common + offset"))
+    )
     for called, of in plain:
         if of in rows:
             cells = {n: [below(lines, of, s, n) for s in range(SEEDS) if lines.result(of, s, n)] for n in COLUMNS}
@@ -135,11 +137,12 @@ def markdown(name, rows, index=0, adds=False):
     for called, size, cells in table_rows(name, rows, plain=not adds):
         columns = []
         for n in COLUMNS:
-            numbers = [cell[index] for cell in cells[n]]
+            numbers = [cell[index] for cell in cells[n]] if len(cells[n]) == SEEDS else []
             if adds and numbers:
                 numbers = [number - below(lines, called, s, n)[index] for s, number in enumerate(numbers)]
             columns.append((change if adds else spread)(numbers) if numbers else "")
-        made.append(f"| {called} | {size:,} | {' | '.join(columns)} |")
+        if any(columns):
+            made.append(f"| {called} | {size:,} | {' | '.join(columns)} |")
     return "\n".join(made)
 
 

@@ -1,8 +1,8 @@
 """The end of the model, computed exactly and cheaply for many people at once.
 
 A text's score is ``w . [mean, sum / 32]`` of its last states, where a state is the LayerNorm of ``before + B r``:
-``before`` is kept, and ``B r`` is what a method adds, ``B [384, b]`` of a person and ``r [b]`` of a token. Since a score
-is linear in a state, what is needed of a token are a few products of width b and nothing of width 384:
+``before`` is kept, and ``B r`` is what a method adds, ``B [384, b]`` of a person and ``r [b]`` of a token. A score
+is linear in a state, so what is needed of a token are a few products of width b and nothing of width 384:
 ``sum_t (u_t + r_t . p_t) / sigma_t`` with ``sigma_t^2 = (|x|^2 + 2 r . B'x + r . B'B r) / 384``. ``direct_scores`` is
 the same by PyTorch's own LayerNorm, for tests.
 """
@@ -52,7 +52,7 @@ class Tail:
         self.base = torch.zeros(len(self.lengths)).index_add_(0, self.text, self.u / sigma) + self.constant
 
     def gather(self, numbers, reads):
-        """Tokens of the texts ``numbers [P, S]`` (-1: none), for :meth:`scores`; ``reads`` is "inner", "output", None."""
+        """Tokens of the texts ``numbers [P, S]`` (-1: none) for :meth:`scores`; ``reads``: "inner", "output", None."""
         people, slots = numbers.shape
         lengths = torch.where(numbers >= 0, self.lengths[numbers.clamp_min(0)], 0)
         most = int(lengths.sum(1).max())

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from quality_pools import KEPT
 from quality_tasks import SEEN, TASKS, Parts, Task, base, load
 
-from peft_xmask.classify import TextClassifier
-from peft_xmask.train_settings import TrainSettings
+from peft_xmask.cli.classify import TextClassifier
+from peft_xmask.cli.train_settings import TrainSettings
 
 LINEAR_PATTERN = r".*\.layer\.\d+\..*(query|key|value|dense)"
 STEPS, RATE = 700, 3e-3

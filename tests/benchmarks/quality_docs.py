@@ -2,8 +2,8 @@
 
 A table follows a comment that says which it is: ``<!-- quality.py --tasks TASK ... --methods METHOD ... -->``, with
 ``--losses`` if it has them, or ``<!-- people.py --set SET --rows ROW ... -->``, with ``--measure 1`` for accuracy and
-``--adds`` for what each row adds to the layers below it. With ``--check`` nothing is written, and the exit status is 1 if a table is not what the
-lines say.
+``--adds`` for what each row adds to the layers below it. With ``--check`` nothing is written, and the exit status is 1
+if a table is not what the lines say.
 """
 
 import argparse
