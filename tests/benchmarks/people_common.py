@@ -72,7 +72,8 @@ def pooled(texts, before):
 def constant(people, learn, tested):
     """A head that reads nothing: the same answer for everybody, as often as others gave it."""
     votes = votes_of(people, learn, tested)
-    mean = (votes.mean.T * votes.count).sum(-1) / votes.count.sum()
+    weight = votes.count / votes.count.sum()
+    mean = weight @ votes.mean
     bias = {"pair": mean.log(), "binary": mean.logit(), "value": mean}[people.kind]
     return Head(torch.zeros(2, WIDTH), bias.view(-1))
 
