@@ -172,3 +172,11 @@ def test_an_expert_that_no_token_reaches_is_not_missed(copied, adapt):
         warnings.simplefilter("error")
         model(torch.randn(2, 4))
     assert not any(module._forward_pre_hooks for module in model.modules() if hasattr(module, "base_layer"))
+
+
+def test_a_model_that_was_unloaded_before_its_first_pass_is_not_reported(adapt):
+    plain = adapt(nn.Sequential(Reading()), ["called"]).unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain(torch.randn(2, 4))
+    assert not plain._forward_hooks
