@@ -120,7 +120,7 @@ class LiveBank:
         """Names in the order of their UTF-8. Changes that are made meanwhile may or may not be seen."""
         last = b""
         while some := self._all("SELECT name FROM profiles WHERE name > ? ORDER BY name LIMIT ?", last, _ROWS):
-            yield from (name.decode("utf-8") for (name,) in some)
+            yield from (self._name(name) for (name,) in some)
             last = some[-1][0]
 
     def get(self, name: str | int) -> Profile | None:
@@ -244,7 +244,7 @@ class LiveBank:
         if Path(folder).resolve() == self._path.parent.resolve():
             raise ConfigError("A live bank cannot be frozen into its own folder. Choose another one.")
         with self._reading() as connection:
-            names = (name.decode("utf-8") for (name,) in connection.execute("SELECT name FROM profiles ORDER BY name"))
+            names = (self._name(name) for (name,) in connection.execute("SELECT name FROM profiles ORDER BY name"))
             index = NameIndex.build(names)
             config = config_of(fields_of(self.kind.config), str(self._path))
             config.num_profiles, config.inference_mode = len(index), True
@@ -288,12 +288,21 @@ class LiveBank:
                 self.kind.check(profile)
             yield _stacked([profile.parts[part] for profile in profiles], shape)
 
-    def _profile(self, key: bytes, crc: int, data: bytes) -> Profile:
+    def _name(self, key: object) -> str:
+        try:
+            if isinstance(key, bytes):
+                return key.decode("utf-8")
+        except UnicodeDecodeError:
+            pass
+        raise FileFormatError(f"Expected a name in UTF-8 in '{self._path}', found {key!r:.80}. The bank is damaged.")
+
+    def _profile(self, key: bytes, crc: object, data: object) -> Profile:
         expected = sum(prod(shape) for shape in self._shapes if shape is not None)
-        if len(data) != expected or _crc(key, data) != crc:
+        if not isinstance(data, bytes) or len(data) != expected or _crc(key, data) != crc:
+            found = f"{len(data)} with {_crc(key, data)}" if isinstance(data, bytes) else repr(data)
             raise MaskFormatError(
                 f"The profile {key.decode('utf-8', 'replace')!r} is damaged: expected {expected} bytes with checksum "
-                f"{crc}, found {len(data)} with {_crc(key, data)}. Put it again."
+                f"{crc}, found {found}. Put it again."
             )
         content, at = torch.frombuffer(bytearray(data), dtype=torch.uint8), 0
         parts: list[Tensor | None] = []
@@ -312,9 +321,9 @@ class LiveBank:
 
     def _state(self) -> tuple[int, int]:
         found = self._one("SELECT version, profiles FROM state")
-        if found is None:
-            raise FileFormatError(f"Expected the state of a live bank in '{self._path}', found none. It is damaged.")
-        return int(found[0]), int(found[1])
+        if found is None or not all(isinstance(number, int) for number in found):
+            raise FileFormatError(f"Expected the state of a live bank in '{self._path}', found {found}. It is damaged.")
+        return found[0], found[1]
 
     def _facts(self) -> dict[str, bytes]:
         application, version = self._one("PRAGMA application_id"), self._one("PRAGMA user_version")
@@ -323,9 +332,9 @@ class LiveBank:
                 f"Expected a live bank of version {VERSION} in '{self._path}', found application {application} of "
                 f"version {version}. Update peft_xmask, or choose another file."
             )
-        facts = {key: bytes(value) for key, value in self._all("SELECT key, value FROM bank")}
-        if facts.keys() != {"config", "rows", "shared"}:
-            raise FileFormatError(f"Expected config, rows and shared in '{self._path}', found {sorted(facts)}.")
+        facts = dict(self._all("SELECT key, value FROM bank"))
+        if facts.keys() != {"config", "rows", "shared"} or not all(isinstance(fact, bytes) for fact in facts.values()):
+            raise FileFormatError(f"Expected config, rows and shared in '{self._path}', found {list(facts)!r:.80}.")
         return facts
 
     def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
@@ -440,7 +449,7 @@ def _translated(path: Path) -> Iterator[None]:
                 errno.EACCES, f"{text}. A live bank must be writable, for readers too", str(path)
             ) from error
         raise FileFormatError(f"'{path}' cannot be read as a live bank: {text}.") from error
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as error:
         raise FileFormatError(f"'{path}' is not a readable live bank: {error}. It is damaged.") from error
 
 

@@ -103,8 +103,12 @@ def _verify_live(folder: Path) -> Verification:
         live = LiveBank.open(folder)
     except FileFormatError as error:
         return Verification(None, 1, (Problem(str(error)),))
-    found = [Problem(text if name is None else f"{name!r}: {text}", name=name) for name, text in live.problems()]
-    count = len(live)
+    found, count = [], None
+    try:
+        found += [Problem(text if name is None else f"{name!r}: {text}", name=name) for name, text in live.problems()]
+        count = len(live)
+    except FileFormatError as error:
+        found.append(Problem(str(error)))
     live.close()
     return Verification(count, len(found), tuple(found[:SHOWN]))
 

@@ -1,11 +1,13 @@
 """A live bank: durable when a call returns, seen by every process, at a cost that does not depend on its size."""
 
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from bank_files import NAMES
 
 from peft_xmask.bank.live import LIVE_FILE, LiveBank, is_live_bank
 from peft_xmask.core.packing import pack_halves
-from peft_xmask.errors import ConfigError, FileFormatError, MaskFormatError
+from peft_xmask.errors import ConfigError, FileFormatError, MaskFormatError, PeftXMaskError
 from peft_xmask.profiles import Profile, ProfileBank, compare_banks, verify_bank
 
 
@@ -160,6 +162,26 @@ def test_what_is_no_live_bank_is_refused(content, tmp_path):
     (tmp_path / LIVE_FILE).write_bytes(content)
     with pytest.raises(FileFormatError):
         LiveBank.open(tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_damage_anywhere_is_refused_or_found(seed, bank, live, tmp_path):
+    """Bytes that are flipped in the database give the right profile or an error of ours, never another profile."""
+    live.close()
+    content = bytearray((tmp_path / "live" / LIVE_FILE).read_bytes())
+    chance = random.Random(seed)
+    for _ in range(chance.choice([1, 3, 20])):
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / LIVE_FILE).write_bytes(content)
+    with suppress(PeftXMaskError):
+        opened = LiveBank.open(folder)
+        for name in NAMES:
+            with suppress(PeftXMaskError):
+                found = opened.get(name)
+                assert found is None or found == bank[name]
+    assert verify_bank(folder).total >= 0
 
 
 PUTTING = """
