@@ -16,7 +16,7 @@ def read_rows(source: str, text: str, label: str, split: str = "train") -> Rows:
 
     Raises:
         MissingExtraError: the package that reads such a file is not installed.
-        FileFormatError: no such file, one that cannot be read, a missing column, or a row without a text or label.
+        FileFormatError: the file is missing or unreadable, a column is missing, or a row has no text or label.
         ConfigError: an unknown file ending, or a dataset that the Hub does not have.
     """
     try:

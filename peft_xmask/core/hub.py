@@ -224,7 +224,7 @@ def hub_reason(error: Exception, place: HubPath) -> str:
 
 
 def refuse_fields(source: str, config: Mapping[str, Any], refused: Mapping[str, tuple[Sequence[Any], str]]) -> None:
-    """Reject config fields with values that cannot be represented.
+    """Reject config fields with values that have no representation.
 
     Args:
         source: the adapter's name, for error messages.

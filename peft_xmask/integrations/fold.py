@@ -1,4 +1,4 @@
-"""Adapters that are numbers of the base, folded into it for good."""
+"""Fold adapters that change the base's parameters permanently into them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def fold(model: nn.Module, path: str | Path) -> None:
     """Write the base model with the active adapters in its parameters: a plain transformers checkpoint.
 
     It has the base's tensors and config and nothing else: ``from_pretrained`` reads it without peft and without this
-    package, and its outputs are those of the adapted model, bit for bit. Modules saved whole, such as a head, come
-    along. The model itself is left as it is. Memory: a second copy of the model while this runs.
+    package, and its outputs are those of the adapted model, bit for bit. ``modules_to_save``, such as a head, are
+    included. The model itself is not modified. Memory: a second copy of the model while this runs.
 
     Args:
         model: a PEFT model with weight adapters or magnitude masks, over a model of transformers.

@@ -33,7 +33,7 @@ from ..tuners.base.classifier import CONFIG_FILE, MODEL_TYPE, POOLINGS, Classifi
 
 
 class PooledClassifierConfig(PreTrainedConfig):
-    """What ``config.json`` says of a classifier: how it pools, its label names, and over which backbone.
+    """The ``config.json`` of a classifier: pooling, label names and backbone.
 
     Args:
         pooling: ``"mean"``, or ``"model"`` for the architecture's own sequence classification model.
@@ -121,7 +121,7 @@ class MeanPooledClassifier(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a classifier through any of its doors.
+        """Load a classifier from any supported source.
 
         Args:
             pretrained_model_name_or_path: a folder that :meth:`save_pretrained` wrote; a folder with an adapter and its
@@ -217,7 +217,7 @@ class MeanPooledClassifier(PreTrainedModel):
 
 
 class _BaseTokenizer(PreTrainedTokenizerFast):
-    """Stands for the tokenizer of the base that an adapter in a folder names, which is not copied into each profile."""
+    """Loads the tokenizer of the base that an adapter names, since profiles do not store copies of it."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -288,7 +288,7 @@ def mean_pool(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def register() -> None:
-    """Make the classifier known to transformers' Auto classes. Doing it twice is harmless."""
+    """Register the classifier with transformers' Auto classes. Calling this twice is harmless."""
     AutoConfig.register(PooledClassifierConfig.model_type, PooledClassifierConfig, exist_ok=True)
     AutoModelForSequenceClassification.register(PooledClassifierConfig, MeanPooledClassifier, exist_ok=True)
     AutoTokenizer.register(PooledClassifierConfig, fast_tokenizer_class=_BaseTokenizer, exist_ok=True)

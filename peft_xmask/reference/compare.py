@@ -57,8 +57,8 @@ def compare(
         progress: called with steps done and their total.
 
     Returns:
-        The base's row first, then one row for each candidate; a method that cannot be placed on the base has a row that
-        says why.
+        The base's row first, then one row per candidate; the row of a method that does not fit the base gives the
+        reason.
 
     Raises:
         ConfigError: nothing to compare, or ``repeats`` below 1.

@@ -1,4 +1,4 @@
-"""Memory mode, API server: names that are forgotten in time, and profiles that change with the bank."""
+"""Memory mode, API server: forget unused names, and update profiles that change in the bank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LOG = init_logger("vllm.peft_xmask")
 
 
 def install(resolver: ProfileResolver, settings: ServingSettings) -> None:
-    """Have the API server, where this process is one, use our table of adapters."""
+    """If this process is the API server, make it use our table of adapters."""
     plain: Callable[..., None] = OpenAIServingModels.__init__
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -37,13 +37,13 @@ def install(resolver: ProfileResolver, settings: ServingSettings) -> None:
 
 
 class Watcher:
-    """Gives the profiles that are served the masks that the bank has now.
+    """Updates the served profiles to the bank's current masks.
 
     Args:
         source: the bank.
         served: the API server's table.
         next_id: a number for an adapter that has none yet.
-        seconds: between two looks at the bank's files.
+        seconds: interval between checks of the bank's files.
     """
 
     def __init__(self, source: BankSource, served: ServedProfiles, next_id: Callable[[], int], seconds: float) -> None:
@@ -52,13 +52,13 @@ class Watcher:
         self._failure = ""
 
     def note(self, name: str, found: FoundProfile) -> None:
-        """A profile is about to be loaded; with the first one the bank begins to be watched."""
+        """Note that a profile is about to be loaded. The first call starts watching the bank."""
         self._served.note(name, found)
         if self._task is None or self._task.done():
             self._task = asyncio.get_running_loop().create_task(self._watch())
 
     async def look(self) -> None:
-        """Look at the bank once, and update the profiles that come from an older version of it.
+        """Check the bank once, and update the profiles that come from an older version.
 
         A profile that changed gets a request of its own: another path and another number. Requests that are being
         answered keep the old one. A profile that is gone is forgotten; one that is damaged stays as it was.

@@ -1,4 +1,4 @@
-"""The bank on disk as it is now: a frozen one is opened again when its file was replaced, a live one is asked."""
+"""The current bank on disk: a frozen bank is reopened when its file is replaced, a live bank reports its changes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class FoundProfile:
 
 
 class BankSource:
-    """A bank that is watched. It may be used from several threads.
+    """A bank that is watched for changes. Threads can share it.
 
     Args:
         where: folder or Hub id of a bank, or folder of a live bank.
 
     Raises:
         ConfigError: no such folder, or a bank that vLLM cannot serve.
-        MergeError: profiles that no LoRA can say.
+        MergeError: the profiles cannot be written as a LoRA.
         FileFormatError: a damaged bank.
     """
 
@@ -122,7 +122,7 @@ class _FrozenRows:
         return bank
 
     def _stamp_now(self) -> Stamp:
-        """What changes when a file of the bank is written or replaced. A few microseconds."""
+        """A value that changes when a file of the bank is written or replaced. Takes a few microseconds."""
         try:
             with os.scandir(self._folder) as entries:
                 found = [(entry.name, entry.stat()) for entry in entries if not entry.name.startswith(".")]
@@ -132,7 +132,7 @@ class _FrozenRows:
 
 
 class _LiveRows:
-    """A live bank, which says itself when it changed."""
+    """A live bank, which reports its own changes."""
 
     def __init__(self, folder: Path) -> None:
         self.expected: str | None = None  # the settings' digest, once they are known
@@ -153,11 +153,11 @@ class _LiveRows:
 
 
 def refuse_unservable(bank: ProfileBank) -> None:
-    """Refuse a bank that vLLM cannot serve, as far as its own files say.
+    """Reject a bank that vLLM cannot serve, judging from its own files.
 
     Raises:
         MergeError: profiles that are not linear or have offsets.
-        ConfigError: a bank with a head of its own.
+        ConfigError: the bank has its own head.
     """
     refuse_nonlinear(bank)
     if bank.shared:

@@ -1,7 +1,7 @@
-"""A fault of vLLM's LoRA kernels for the CPU, found by a trial and mended where it is.
+"""Detect a bug in vLLM's LoRA kernels for the CPU, and work around it.
 
 A row of a batch that has no adapter has the index -1. The kernels index a tensor with it, which gives the *last* slot's
-adapter: in a mixed batch, the base model then answers as somebody. GPU kernels pass such rows over.
+adapter: in a mixed batch, the base model then answers like some profile. GPU kernels skip such rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KERNELS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
 
 
 def fix() -> bool:
-    """Mend the kernels of this process if they have the fault.
+    """Patch the kernels of this process if they have the bug.
 
     Returns:
         whether they had it.
@@ -39,7 +39,7 @@ def fix() -> bool:
 
 
 def is_faulty(ops: Any) -> bool:
-    """Whether a row without an adapter gets one: tried on small tensors."""
+    """Test on small tensors whether a row without an adapter gets one."""
     index = torch.tensor([-1, 0])
     found = torch.zeros(2, 1)
     ops.bgmv_shrink(torch.ones(2, 3), torch.ones(2, 1, 1, 3), found, index, 1.0)
@@ -51,7 +51,7 @@ def is_faulty(ops: Any) -> bool:
 
 
 def _mended(kernel: Callable[..., None]) -> Callable[..., None]:
-    """The kernel with rows without an adapter left as they were. It has no branch on values, so it can be compiled."""
+    """A kernel that leaves rows without an adapter unchanged. It does not branch on values, so it can be compiled."""
 
     def run(inputs: Tensor, weights: Tensor, output: Tensor, index: Tensor, *args: Any, **kwargs: Any) -> None:
         has_adapter = (index >= 0).unsqueeze(-1)

@@ -15,7 +15,7 @@ from .settings import ServingSettings
 
 
 class FolderStore:
-    """Writes a profile's LoRA folder when it is asked for, once.
+    """Writes a profile's LoRA folder on first use.
 
     A folder is never deleted: vLLM reads it again when an adapter comes back after it was evicted, and an engine that
     finds it gone ends. Its name is a digest of what is in it, so a profile that changed has another folder.

@@ -20,8 +20,8 @@ UNSET_ID = 1
 class ProfileResolver(LoRAResolver):
     """Finds profiles of a bank by name.
 
-    A name that cannot be served is answered with None, which vLLM turns into a 404 for that request alone: an exception
-    here would be a 500.
+    For a name without a profile the result is None, which vLLM turns into a 404 for that request. An exception would
+    be a 500.
 
     Args:
         source: the bank.
