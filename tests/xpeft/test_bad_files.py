@@ -8,7 +8,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peft_xmask import AdapterPool, XPEFTConfig
+from peft_xmask import AdapterPool, BottleneckConfig, XPEFTConfig
 from peft_xmask.errors import BaseMismatchError, FileFormatError, MaskFormatError, PoolMismatchError, TargetError
 
 FILE = "adapter_model.safetensors"
@@ -167,3 +167,11 @@ def test_a_gain_that_half_precision_cannot_hold_is_not_saved(tiny_bert, tmp_path
     with pytest.raises(MaskFormatError, match="at most 65504"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / FILE).exists()
+
+
+def test_numbers_of_a_bottleneck_file_that_are_not_finite(tiny_bert, tiny_batch, tmp_path):
+    get_peft_model(tiny_bert(), BottleneckConfig(bottleneck_size=4)).save_pretrained(tmp_path)
+    key = next(key for key in load_file(tmp_path / FILE) if key.endswith("bottleneck_adapter_down.bias"))
+    edit(tmp_path, lambda tensors: tensors[key].fill_(float("nan")))
+    with pytest.raises(FileFormatError, match=r"found NaN or infinity in '.*bottleneck_adapter_down"):
+        PeftModel.from_pretrained(tiny_bert(), tmp_path)

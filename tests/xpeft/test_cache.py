@@ -105,6 +105,9 @@ def test_sizes_and_switching_off(crowd, tiny_batch):
     for wrong in (one_row(model) - 1, -1):
         with pytest.raises(ConfigError, match=f"takes {one_row(model):,} bytes"):
             model.cache_profiles(wrong)
+    for wrong in ("1GB", True, 1e9):
+        with pytest.raises(ConfigError, match="expected a whole number of bytes"):
+            model.cache_profiles(wrong)
     with pytest.raises(ConfigError, match="'nobody'"):
         model.cache_profiles(10**6, "nobody")
     model.cache_profiles(10**9)

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from peft import PeftConfig
+from peft import PeftConfig, get_peft_model
 
 from peft_xmask import AdapterPool, XPEFTConfig
 from peft_xmask.errors import ConfigError
@@ -25,6 +25,14 @@ from peft_xmask.errors import ConfigError
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"logit_scale": -1.0}, "logit_scale=-1.0"),
         ({"scale": 0.0}, "scale=0.0"),
+        ({"scale": float("inf")}, "scale=inf is invalid: expected a finite number above 0"),
+        ({"scale": float("nan")}, "scale=nan"),
+        ({"scale": "a"}, "scale='a'"),
+        ({"scale": True}, "scale=True"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"logit_scale": float("inf")}, "logit_scale=inf"),
+        ({"layer_norm": 7}, "layer_norm=7"),
+        ({"mask_norm": "variance", "mask_weighting": "mean"}, "contradicts mask_norm='variance'"),
         ({"gumbel_noise": -0.1}, "gumbel_noise=-0.1"),
         ({"pool": 7}, "pool=7"),
         ({"layers_pattern": "layer"}, "`layers_to_transform` must also be specified"),
@@ -51,7 +59,6 @@ def test_a_random_pool_object_becomes_its_seed():
 
 
 def test_an_unknown_architecture_says_what_to_pass():
-    from peft import get_peft_model
     from torch import nn
 
     from peft_xmask.errors import TargetError
@@ -75,3 +82,34 @@ def test_what_is_left_open_follows_from_the_pool(fields: dict, weighting: str, s
     config = XPEFTConfig(**fields)
     config.resolve_pool()
     assert (config.mask_weighting, config.scale, config.top_k) == (weighting, scale, config.num_adapters // 2)
+
+
+@pytest.mark.parametrize(("former", "weighting"), [("signs", "signed"), ("variance", "variance"), ("mean", "mean")])
+def test_files_with_the_former_names_open_with_the_same_meaning(former, weighting, tmp_path):
+    XPEFTConfig().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    del fields["mask_weighting"]
+    path.write_text(json.dumps({**fields, "mask_norm": former, "estimator": "identity"}))
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert (config.mask_weighting, config.estimator) == (weighting, "straight_through")
+    assert "mask_norm" not in config.to_dict()
+
+
+def test_the_users_config_is_not_changed(tiny_bert):
+    """It serves for another base too: what was found out about the first one is not in it."""
+    config = XPEFTConfig(num_adapters=20, bottleneck_size=4, modules_to_save=["classifier"])
+    before = config.to_dict()
+    models = [get_peft_model(tiny_bert(seed=seed), config) for seed in (0, 1)]
+    written_by_peft = {"base_model_name_or_path": config.base_model_name_or_path}
+    assert config.to_dict() == {**before, **written_by_peft}
+    found = [model.peft_config["default"] for model in models]
+    assert found[0].base_fingerprint != found[1].base_fingerprint
+    assert (found[0].top_k, found[0].activation, found[0].insertion_form) == (10, "relu", "sequential")
+
+
+def test_too_many_profiles_are_refused_in_words(tiny_bert):
+    for inference_mode in (False, True):
+        config = XPEFTConfig(num_profiles=2**41, inference_mode=inference_mode)
+        with pytest.raises(ConfigError, match="is too large for this machine: their masks take"):
+            get_peft_model(tiny_bert(), config)

@@ -162,8 +162,18 @@ def test_profiles_of_one_adapter(tiny_bert, tiny_batch, tmp_path):
     for bad in (torch.tensor([0, 1, 2, 5]), torch.tensor([0.0] * 4)):
         with pytest.raises(ConfigError, match="LongTensor of rows from 0 to 4"):
             run(model, tiny_batch, adapter_names=bad)
-    with pytest.raises(ConfigError, match="Row 5 is not in adapter"):
-        model.set_profile(5)
+    for wrong in (5, True, 1.0, -2):
+        with pytest.raises(ConfigError, match=f"Row {wrong} is not in adapter"):
+            model.set_profile(wrong)
+    with pytest.raises(ConfigError, match="have no names"):
+        model.set_profile("ann")
+    with pytest.raises(ConfigError, match="No adapter 'other'"):
+        model.set_profile(0, "other")
+    with model.disable_adapter():
+        before = run(model, tiny_batch)
+    for none in (-1, "__base__"):
+        model.set_profile(none)
+        torch.testing.assert_close(run(model, tiny_batch), before)
 
 
 def test_only_the_rows_of_a_batch_get_gradients(tiny_bert, tiny_batch):

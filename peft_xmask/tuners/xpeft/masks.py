@@ -87,10 +87,17 @@ class AdapterMasks:
         self._number = number_of(self)
         self._inbox: tuple[Tensor, int | None] | None = None
         self._warned = False
-        if trainable:
-            self._start_training()
-        else:
-            self._start_serving()
+        try:
+            if trainable:
+                self._start_training()
+            else:
+                self._start_serving()
+        except (OSError, MemoryError, OverflowError, RuntimeError) as error:
+            width = math.prod(spec.logits_shape[1:]) * 4 if trainable else math.prod(spec.bits_shape[1:])
+            raise ConfigError(
+                f"num_profiles={spec.num_profiles:,} is too large for this machine: their masks take "
+                f"{spec.num_profiles * width:,} bytes. Train fewer profiles at a time; a bank joins them."
+            ) from error
 
     def _start_training(self) -> None:
         """The masks of one profile start at random (torch's generator).
