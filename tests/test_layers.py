@@ -21,7 +21,7 @@ BESIDE = {"integrations": "training", "reference": "tuners"}
 TUNER_WINGS = ("xpeft", "bottleneck", "magnitude_mask", "weight_adapter")
 """The methods: none imports another."""
 
-FACE = ("", "profiles")
+FACE = ("", "profiles", "__main__")
 """The package's root and its facade: they import names, and nothing imports them but the command line."""
 
 

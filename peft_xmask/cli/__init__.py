@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from .._version import __version__
 from ..errors import PeftXMaskError
-from . import bank, demo, inspection, plot, pool, reference, train
+from . import bank, demo, inspection, personalize, plot, pool, reference, serve, train
 from .console import errors
 
 EXPECTED = (PeftXMaskError, ValueError, OSError, ImportError, KeyError)
@@ -29,6 +29,9 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("demo")(demo.demo)
+app.command("personalize")(personalize.personalize)
+app.command("predict")(personalize.predict)
+app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("eval")(train.evaluate)
 app.command("inspect")(inspection.inspect)

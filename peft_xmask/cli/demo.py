@@ -1,4 +1,4 @@
-"""``peft-xmask demo``: head, LoRA, bottleneck adapter and X-PEFT side by side on real text, offline."""
+"""``peft-xmask demo``: sixty real people's film ratings, from a table to a bank that answers as each of them would."""
 
 from __future__ import annotations
 
@@ -8,49 +8,36 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.table import Table
 
 from .console import new_folder, output, print_facts, progress_bar
+from .personalize import print_report
 
 if TYPE_CHECKING:
-    from ..core.adapter_folder import ProfileSize
-    from .corpus import Corpus
+    from ..bank.bank import ProfileBank
+    from ..people.predictor import Predictor
+    from ..people.table import Example, PeopleTable
 
-STEPS = 150
-BATCH_SIZE = 16
-MAX_LENGTH = 48
-NAMES = {"head": "head only", "lora": "LoRA r=8", "bottleneck": "bottleneck b=48", "xpeft": "X-PEFT, hard, N=100"}
-"""Methods of the demo, in order, with their names in its table."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One trained method: test accuracy, trainable parameters, bytes, seconds to load one more profile."""
-
-    method: str
-    accuracy: float
-    trainable_parameters: int
-    size: ProfileSize
-    load_seconds: float
+DATA = "films.jsonl.gz"
+MAX_LENGTH = 32
+EPOCHS = 2.0
 
 
 def demo(
-    out: Annotated[Path | None, typer.Option(help="Keep the trained adapters here. Default: do not.")] = None,
-    steps: Annotated[int, typer.Option(help="Optimizer steps for each method.", min=1)] = STEPS,
-    seed: Annotated[int, typer.Option(help="Of the data's order, the heads and dropout.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Keep the bank and the map here. Default: do not.")] = None,
+    people: Annotated[int, typer.Option(help="How many of the 60 people to take.", min=3, max=60)] = 60,
+    epochs: Annotated[float, typer.Option(help="Passes over the data for the masks.", min=0.0)] = EPOCHS,
+    seed: Annotated[int, typer.Option(help="Of the masks' start and the order of the data.")] = 0,
 ) -> None:
-    """Train four methods on the standard library's docstrings and compare accuracy and bytes. Offline."""
+    """Personalise a small model for real people and say honestly what it brought. Offline, a few minutes."""
     base = minilm_folder()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) if out is None else new_folder(out, "xpeft")
-        equal = _run(base, folder, steps, seed)
+        folder = Path(temporary) if out is None else new_folder(out, "bank")
+        equal = _run(base, folder, people, epochs, seed, keep=out is not None)
     if not equal:
         raise typer.Exit(1)
 
@@ -72,110 +59,142 @@ def minilm_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-def _run(base: Path, folder: Path, steps: int, seed: int) -> bool:
-    from .corpus import docstring_corpus
+def film_table(folder: Path, people: int) -> PeopleTable:
+    """The ratings of the first people, as a table that was read from a file.
 
-    with progress_bar("reading the standard library's docstrings"):
-        corpus = docstring_corpus(seed)
+    Args:
+        folder: to write the file to.
+        people: how many.
+    """
+    import gzip
+
+    from ..people.table import PeopleTable
+
+    packed = resources.files("peft_xmask.people").joinpath("data", DATA).read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    wanted = list(dict.fromkeys(row["person"] for row in rows))[:people]
+    chosen = [line for line, row in zip(lines, rows, strict=True) if row["person"] in wanted]
+    path = folder / "films.jsonl"
+    path.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    return PeopleTable.read(str(path), text="film", label="rating", who="person", task="regression", split="part")
+
+
+def _run(base: Path, folder: Path, people: int, epochs: float, seed: int, keep: bool) -> bool:
+    from ..people.personalize import PersonalizeSettings, personalize
+    from ..people.predictor import Predictor
+
+    with progress_bar("reading the ratings"):
+        table = film_table(folder, people)
     print_facts(
         {
-            "task": "docstring -> chapter of the Python Library Reference",
-            "data": f"{len(corpus.train):,} training and {len(corpus.test):,} test texts",
-            "labels": f"{len(corpus.label_names)} chapters",
-            "model": "all-MiniLM-L6-v2 (22.7 M numbers, frozen), mean-pooled, one linear layer as head",
-            "training": f"{steps} steps of {BATCH_SIZE} texts for every method, seed {seed}",
+            "data": "MovieTweetings: film ratings from 0 to 10 that people posted (MIT licence, inside this package)",
+            "people": f"{len(table.people)}, each with their oldest ratings to learn from and their newest as a test",
+            "ratings": ", ".join(f"{len(rows):,} {part}" for part, rows in table.parts.items()),
+            "model": "all-MiniLM-L6-v2 (22.7 M parameters, frozen), which reads a film's title and genres",
         }
     )
-    rows = []
-    for method in NAMES:
-        row, predictions = _train(method, base, corpus, folder / method, steps=steps, seed=seed)
-        rows.append(row)
-    _print_rows(rows)
-    equal = _same_in_fresh_process(folder / "xpeft", corpus, predictions)
-    output.print(conclusion(rows), soft_wrap=True)
+    settings = PersonalizeSettings(max_length=MAX_LENGTH, epochs=epochs, seed=seed)
+    told = output.is_terminal
+    done = personalize(
+        base, table, folder / "bank", settings, progress=told, step=lambda what: output.print(f"{what} ...")
+    )
+    print_report(done.report)
+    output.print(verdict(done.report.gain, done.report.masks), soft_wrap=True)
+    predictor = Predictor.from_pretrained(folder / "bank")
+    _ask_two(predictor, table)
+    if keep:
+        _draw(done.bank, folder / "map.png")
+    equal = _same_in_fresh_process(predictor, folder, table)
+    if keep:
+        output.print(
+            f"Look at it in a browser: peft-xmask serve --bank {folder / 'bank'}", soft_wrap=True, markup=False
+        )
     return equal
 
 
-def _train(method: str, base: Path, corpus: Corpus, folder: Path, *, steps: int, seed: int) -> tuple[Row, list[int]]:
-    from ..tuners.base.profile_size import profile_size
-    from .classify import TextClassifier
-    from .methods import HEAD_LEARNING_RATE, LEARNING_RATES, method_config
-    from .train_settings import TrainSettings
+def verdict(gain: float, masks: bool) -> str:
+    """What the table says, in a sentence.
 
-    classifier = TextClassifier.create(
-        base, corpus.label_names, method_config(method), max_length=MAX_LENGTH, seed=seed
-    )
-    settings = TrainSettings(
-        max_steps=steps,
-        batch_size=BATCH_SIZE,
-        learning_rate=LEARNING_RATES[method],
-        head_learning_rate=HEAD_LEARNING_RATE,
-        seed=seed,
-    )
-    trainable_parameters = classifier.trainable_parameters
-    with progress_bar(f"training {NAMES[method]}", steps) as step:
-        classifier.train(corpus.train, settings, progress=step)
-    with progress_bar(f"testing {NAMES[method]}", len(corpus.test)) as step:
-        scores = classifier.evaluate(corpus.test, progress=step)
-    classifier.save(folder)
-    started = time.perf_counter()
-    classifier.model.load_adapter(str(folder), "another")
-    load_seconds = time.perf_counter() - started
-    row = Row(NAMES[method], scores.accuracy, trainable_parameters, profile_size(folder), load_seconds)
-    return row, scores.predictions
+    Args:
+        gain: how much smaller the mean error is than without anything personal.
+        masks: whether masks were kept.
+    """
+    if gain <= 0:
+        return "Nothing personal helped here: with so few ratings the common part is as good."
+    of_masks = "Masks helped beyond the offsets."
+    if not masks:
+        of_masks = (
+            "The offsets did it: masks did not lower the error on held-out ratings by more than chance, and are off."
+        )
+    return f"Knowing who asks makes the mean error smaller by {gain:.3f} of a rating point. {of_masks}"
 
 
-def _same_in_fresh_process(folder: Path, corpus: Corpus, predictions: list[int]) -> bool:
-    """Let a new Python process load the saved profile and predict, and compare."""
-    texts, found = folder / "test.jsonl", folder / "predictions.jsonl"
-    lines = [json.dumps({"text": text, "label": corpus.label_names[label]}) + "\n" for text, label in corpus.test]
-    texts.write_text("".join(lines), encoding="utf-8")
-    command = [sys.executable, "-m", "peft_xmask.cli", "eval", "--adapter", str(folder), "--data", str(texts)]
-    with progress_bar("loading the X-PEFT profile in a fresh process"):
+def _ask_two(predictor: Predictor, table: PeopleTable) -> None:
+    """The same film for two people who both rated it in the test: the pair whose answers differ most."""
+    found = widest_pair(predictor, table.parts["test"])
+    if found is None:
+        return
+    film, pair = found
+    output.print(f"\nThe same question to two people: {film}", markup=False, soft_wrap=True)
+    for name, answer, truth in pair:
+        output.print(f"  {name}: predicted {answer:.1f}, they rated it {truth:.0f}", markup=False, soft_wrap=True)
+    nobody = predictor.predict([film])[0].value
+    output.print(f"  nobody in particular: predicted {nobody:.1f}\n", markup=False, soft_wrap=True)
+
+
+def widest_pair(predictor: Predictor, examples: list[Example]) -> tuple[str, list[tuple[str, float, float]]] | None:
+    """A film with name, predicted and true rating of two people; None if no two people rated the same one."""
+    films: dict[str, list[Example]] = {}
+    for example in examples:
+        films.setdefault(example.text, []).append(example)
+    shared = [each for each in films.values() if len({example.who for example in each}) > 1]
+    if not shared:
+        return None
+    flat = [example for each in shared for example in each]
+    answers = predictor.predict([example.text for example in flat], [example.who for example in flat])
+    values = {(example.text, example.who): answer.value for example, answer in zip(flat, answers, strict=True)}
+    truths = {(example.text, example.who): float(example.label) for example in flat}  # type: ignore[arg-type]
+
+    def ends(each: list[Example]) -> tuple[str, str]:
+        ordered = sorted({example.who for example in each}, key=lambda who: values[each[0].text, who])
+        return ordered[0], ordered[-1]
+
+    widest = max(shared, key=lambda each: values[each[0].text, ends(each)[1]] - values[each[0].text, ends(each)[0]])
+    film = widest[0].text
+    return film, [(who, values[film, who], truths[film, who]) for who in ends(widest)]
+
+
+def _draw(bank: ProfileBank, path: Path) -> None:
+    """The map of people, coloured by their offsets."""
+    if importlib.util.find_spec("matplotlib") is None:
+        output.print('No map: drawing needs matplotlib. Install it with: pip install "peft_xmask[plot]"')
+        return
+    from ..bank.plot import plot_map
+
+    offsets = {name: bank[name].offsets for name in bank}
+    values = {name: f"{float(offset[0]):.4f}" for name, offset in offsets.items() if offset is not None}
+    plot_map(bank, values, column="offset, rating points").savefig(path, dpi=150)
+    output.print(f"Map of the people: {path}", markup=False, soft_wrap=True)
+
+
+def _same_in_fresh_process(predictor: Predictor, folder: Path, table: PeopleTable) -> bool:
+    """Let a new Python process load the bank and answer, and compare."""
+    asked = table.parts["test"][:200]
+    lines = folder / "asked.jsonl"
+    rows = [json.dumps({"text": example.text, "who": example.who}) + "\n" for example in asked]
+    lines.write_text("".join(rows), encoding="utf-8")
+    command = [sys.executable, "-m", "peft_xmask.cli", "predict", "--bank", str(folder / "bank"), str(lines)]
+    with progress_bar("loading the bank in a fresh process"):
         finished = subprocess.run(
-            [*command, "--predictions", str(found), "--json"],
-            env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+            command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False
+        )
     if finished.returncode != 0:
         raise OSError(f"The fresh process failed: {finished.stderr.strip().splitlines()[-1:]}")
-    names = [json.loads(line)["predicted"] for line in found.read_text(encoding="utf-8").splitlines()]
-    differences: int = sum(corpus.label_names[number] != name for number, name in zip(predictions, names, strict=True))
-    texts.unlink()
-    found.unlink()
-    verdict = "all equal" if differences == 0 else f"{differences} differ"
-    told = f"X-PEFT profile saved, loaded in a fresh process: {len(names)} predictions compared, {verdict}."
-    output.print(told, soft_wrap=True)
-    return differences == 0
-
-
-def conclusion(rows: list[Row]) -> str:
-    """One sentence from the numbers of the run."""
-    by_method = {row.method: row for row in rows}
-    ours, head = by_method[NAMES["xpeft"]], by_method[NAMES["head"]]
-    payload = ours.size.payload_bytes
-    parts = [
-        f"{other.accuracy:.3f} of {other.method} at {other.size.payload_bytes / payload:,.0f} times the bytes"
-        for other in (by_method[NAMES["lora"]], by_method[NAMES["bottleneck"]])
-    ]
-    return (
-        f"X-PEFT: {payload} bytes per profile beside the head give accuracy {ours.accuracy:.3f}, against "
-        f"{head.accuracy:.3f} of the head alone, {' and '.join(parts)}."
-    )
-
-
-def _print_rows(rows: list[Row]) -> None:
-    table = Table(title="Test accuracy and bytes per profile", title_justify="left", box=box.SIMPLE_HEAD, padding=0)
-    table.add_column("method", no_wrap=True)
-    for name in ("accuracy", "trained", "payload B", "head B", "file B", "load ms"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
-            row.method,
-            f"{row.accuracy:.3f}",
-            f"{row.trainable_parameters:,}",
-            f"{row.size.payload_bytes:,}",
-            f"{row.size.head_bytes:,}",
-            f"{row.size.file_bytes:,}",
-            f"{1000 * row.load_seconds:.0f}",
-        )
-    output.print(table)
+    theirs = [next(iter(json.loads(line)["scores"].values())) for line in finished.stdout.splitlines()]
+    ours = predictor.predict([example.text for example in asked], [example.who for example in asked])
+    differ = sum(round(mine.value, 6) != other for mine, other in zip(ours, theirs, strict=True))
+    lines.unlink()
+    verdict = "all equal" if not differ else f"{differ} differ"
+    output.print(f"Bank loaded in a fresh process: {len(theirs)} answers compared, {verdict}.", soft_wrap=True)
+    return not differ

@@ -208,8 +208,8 @@ def _how_to_load_a_classifier(
 ) -> list[str]:
     """Code that answers with label names; what it does not know it reads from the adapter's files."""
     with safetensors.safe_open(str(folder / ADAPTER_FILE), framework="pt") as tensors:
-        names: list[str] = tensors.keys()
-        is_bank = any(name.startswith(NAMES_PREFIX) for name in names)
+        keys: list[str] = tensors.keys()
+        is_bank = any(key.startswith(NAMES_PREFIX) for key in keys)
     base = hub_id(config.base_model_name_or_path)
     lines = [*BEGIN.splitlines(), f"from peft import {'' if base else 'PeftConfig, '}PeftModel"]
     if is_bank:

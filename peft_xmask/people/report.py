@@ -1,0 +1,99 @@
+"""How good a personalised model is: by layer, for people with few and with many labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MEASURES = {
+    "classification": "accuracy",
+    "regression": "mean absolute error",
+    "multi-label": "share of labels right",
+}
+FEW = 20
+"""Most training labels of a person with few of them."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer of the model brings, on test examples.
+
+    Attributes:
+        name: of the layer; each contains those above it.
+        overall: mean over all test examples.
+        few: mean over those of people with at most ``Report.few_labels`` training labels; None: there are none.
+        many: mean over those of the other people; None: there are none.
+        nbytes: of one person.
+    """
+
+    name: str
+    overall: float
+    few: float | None
+    many: float | None
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``personalize`` found.
+
+    Attributes:
+        measure: what the layers' numbers are; :attr:`lower_is_better` says which way.
+        layers: from nothing personal to everything.
+        people: with training examples.
+        served_by_common: people without a profile, since they have too few labels to learn from.
+        masks: whether masks helped on validation examples; if not, their gains are zero and offsets do all.
+        few_labels: most training labels of a person with few.
+        examples: counts by part.
+        bank_bytes: of the bank's files.
+        seconds: that training took.
+    """
+
+    measure: str
+    layers: tuple[Layer, ...]
+    people: int
+    served_by_common: int
+    masks: bool
+    few_labels: int
+    examples: Mapping[str, int]
+    bank_bytes: int
+    seconds: float
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the measure is an error."""
+        return self.measure == MEASURES["regression"]
+
+    @property
+    def gain(self) -> float:
+        """How much better everything personal is than the best layer that is the same for all; negative: worse."""
+        same = [layer.overall for layer in self.layers if layer.nbytes == 0]
+        difference = self.layers[-1].overall - (min(same) if self.lower_is_better else max(same))
+        return -difference if self.lower_is_better else difference
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON can hold it."""
+        return asdict(self)
+
+
+def layer_of(
+    name: str, scores: Sequence[float], people: Sequence[str], labels: Mapping[str, int], few: int, nbytes: int
+) -> Layer:
+    """Means of the scores of test examples.
+
+    Args:
+        name: of the layer.
+        scores: of each example.
+        people: whose each example is.
+        labels: training labels of each person.
+        few: most labels of a person with few.
+        nbytes: of one person.
+    """
+    some = [score for score, person in zip(scores, people, strict=True) if labels.get(person, 0) <= few]
+    rest = [score for score, person in zip(scores, people, strict=True) if labels.get(person, 0) > few]
+    return Layer(name, _mean(list(scores)) or 0.0, _mean(some), _mean(rest), nbytes)
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
