@@ -273,5 +273,5 @@ def test_real_text_on_the_real_model(minilm, minilm_classifier, tmp_path):
 
 @pytest.mark.parametrize("kwargs", [{"mask_learning_rate": 0.0}, {"temperature": (1.0, -1.0)}])
 def test_bad_numbers_are_refused(kwargs):
-    with pytest.raises(ConfigError, match="Expected a number above 0"):
+    with pytest.raises(ConfigError, match="expected a number above 0"):
         XPEFTCallback(**kwargs)

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ..base.steps import count_steps, steps_taken
+
 
 class TensorVersion:
     """The tensor that a module holds as ``.weight``, at the version it had when this object was made.
 
-    torch counts in-place changes of a tensor, except those made through ``.data``.
+    torch counts in-place changes of a tensor, except those made through ``.data`` and those of fused optimizers. Of a
+    tensor that is trained, every step of any optimizer therefore counts as a change.
 
     Args:
         holder: a module with a ``.weight``, parameter or buffer.
@@ -23,6 +26,10 @@ class TensorVersion:
         self._weight = weight
         self._version = None if weight.is_inference() else weight._version
         self._pointer = weight.data_ptr()
+        self._steps = None
+        if weight.requires_grad:
+            count_steps()
+            self._steps = steps_taken()
 
     def is_current(self) -> bool:
         """Whether the module still holds that tensor at that version. Every layer asks in every forward pass."""
@@ -31,6 +38,7 @@ class TensorVersion:
             self._tensors.get("weight") is weight
             and weight.data_ptr() == self._pointer
             and (self._version is None or weight._version == self._version)
+            and (self._steps is None or self._steps == steps_taken())
         )
 
 

@@ -20,6 +20,7 @@ from ...core.masks import gain_weight, pick_rows, require, scaled_gain, select_t
 from ...core.packing import pack_bits, pack_halves, unpack_bits, unpack_halves
 from ...errors import ConfigError, MaskFormatError, PeftXMaskWarning
 from ..base.state import PackedTensor, TrainableTensor, gathered, lazy_zeros
+from ..base.steps import count_steps, steps_taken
 from .cache import MixedAdapterCache, same_source
 from .mixing import ActiveAdapters, MixedRows, RowMasks, masks_from_bits, masks_from_logits
 from .passes import ForwardPass, choose_row, chosen_row, number_of, row_in_graph
@@ -105,6 +106,7 @@ class AdapterMasks:
         Of several, all start from the first ``top_k`` adapters (logits of zero): no start is better than another, and a
         head that they share sees one model at first. Memory is taken row by row, as profiles are trained.
         """
+        count_steps()
         spec, rows, width = self.spec, self.spec.num_profiles, math.prod(self.spec.logits_shape[1:])
         drawn = torch.randn(1, width) * (INIT_STD / self.logit_scale) if rows == 1 else lazy_zeros(rows, width)
         self.logits = TrainableTensor(drawn)
@@ -196,6 +198,8 @@ class AdapterMasks:
         if batch is None and row is None:
             raise self.no_profile()
         source = None if now.table.training or self._wants_gradients() else self.source(row)
+        if source is None:
+            self.cache.clear()  # what is being learnt may change before the next pass, by an optimizer of any kind
         keeper = self.cache if batch is None else batch
         if keeper.last is not None and same_source(keeper.last.source, source):
             return keeper.last
@@ -270,7 +274,8 @@ class AdapterMasks:
         stored = [each.weight for each in (self.logits, self.gain, self.bits, self.gain_bits) if each is not None]
         versions = [None if each.is_inference() else each._version for each in stored]
         forms = tuple((version, each.dtype, each.device) for version, each in zip(versions, stored, strict=True))
-        return (row, self.spec, self.temperature, self.logit_scale, forms, *stored, torch.is_inference_mode_enabled())
+        facts = (self.spec, self.temperature, self.logit_scale, forms, steps_taken() if self.is_trained else 0)
+        return (row, *facts, *stored, torch.is_inference_mode_enabled())
 
     def masks(self, rows: Tensor | None, now: ForwardPass) -> RowMasks:
         """The current masks of rows.
