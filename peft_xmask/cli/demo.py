@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DATA = "films.jsonl.gz"
 MAX_LENGTH = 32
-EPOCHS = 2.0
+EPOCHS = 1.0
 
 
 def demo(
