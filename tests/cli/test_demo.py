@@ -27,6 +27,6 @@ def test_the_data_inside_the_package_are_small_and_licensed(tmp_path):
 
 
 def test_the_verdict_is_computed_from_the_numbers():
-    assert verdict(-0.1, False).startswith("Nothing personal helped")
-    assert "smaller by 0.125 of a rating point. The offsets did it" in verdict(0.125, False)
-    assert verdict(0.125, True).endswith("Masks helped beyond the offsets.")
+    assert verdict(-0.1, None).startswith("Nothing personal helped")
+    assert "smaller by 0.125 of a rating point. Offsets did it" in verdict(0.125, None)
+    assert verdict(0.125, 0.0012).endswith("Masks bring 0.001 of it, offsets the rest.")
