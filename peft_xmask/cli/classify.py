@@ -93,6 +93,11 @@ class TextClassifier:
         """
         if len(label_names) < 2:
             raise ConfigError(f"Expected at least two labels to tell apart, found {list(label_names)}.")
+        if max_length < 3:
+            raise ConfigError(
+                f"max_length={max_length!r} is invalid: expected at least 3, since a tokenizer's own tokens leave no "
+                "room for the text in less."
+            )
         head = Classifier(tuple(label_names), pooling, max_length)
         tokenizer = load_tokenizer(base)
         set_seed(seed)

@@ -125,6 +125,7 @@ def test_resume_continues_to_the_very_weights_of_an_uninterrupted_run(data, rows
         (("--text", "prose"), "Expected a column 'prose'"),
         (("--method", "prompt"), "'prompt' is not one of"),
         (("--top-k", 21), "top_k=21 is invalid"),
+        (("--max-length", 1), "max_length=1 is invalid: expected at least 3"),
         (("--batch-size", 0), "batch_size=0 is invalid"),
         (("--base", "/no/such/base"), "/no/such/base"),
         (("--resume",), "Expected a checkpoint to resume from"),
