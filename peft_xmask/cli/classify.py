@@ -102,8 +102,9 @@ class TextClassifier:
         tokenizer = load_tokenizer(base)
         set_seed(seed)
         model = get_peft_model(load_base(base, head, tokenizer), config)
-        if isinstance(config, TargetConfig):
-            config.classifier = head.to_fields()
+        held = model.peft_config["default"]  # a copy of the config
+        if isinstance(held, TargetConfig):
+            held.classifier = head.to_fields()
         return cls(model, tokenizer, list(label_names), pooling, max_length)
 
     @classmethod

@@ -98,6 +98,7 @@ class FirstPassWatch:
 
     def __init__(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
         self._layers, self._missing = dict(layers), set(layers)
+        self._in_a_graph = self._done = False
         self._handles = [model.register_forward_hook(self._end)]
         for name, layer in layers.items():
             self._handles.append(layer.register_forward_pre_hook(partial(self._called, name)))
@@ -113,9 +114,14 @@ class FirstPassWatch:
             TargetError: no adapted module was called.
         """
         if torch.compiler.is_compiling():
+            self._in_a_graph = True
             return
-        for handle in self._handles:
-            handle.remove()
+        if self._done:
+            return
+        self._done = True
+        if not self._in_a_graph:  # a graph is guarded by the hooks that it was made with
+            for handle in self._handles:
+                handle.remove()
         modules = dict(model.named_modules(remove_duplicate=False))
         present = {name for name, layer in self._layers.items() if modules.get(name) is layer}
         self._missing &= present

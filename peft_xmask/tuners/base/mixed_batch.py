@@ -25,7 +25,8 @@ class _Call:
 
 
 class _OfThread(threading.local):
-    call: _Call | None = None
+    def __init__(self) -> None:  # run in each thread; a graph is guarded by which attributes there are
+        self.call: _Call | None = None
 
 
 _OF_THREAD = _OfThread()

@@ -82,8 +82,9 @@ class ForwardPass:
 
 
 class _OfThread(threading.local):
-    batch: BatchRows | None = None
-    now: ForwardPass | None = None
+    def __init__(self) -> None:  # run in each thread; a graph is guarded by which attributes there are
+        self.batch: BatchRows | None = None
+        self.now: ForwardPass | None = None
 
 
 OF_THREAD = _OfThread()
