@@ -8,14 +8,11 @@ profile takes half a millisecond, most of it for the check. See docs/bank-format
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sqlite3
-import threading
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from math import prod
 from pathlib import Path
@@ -27,16 +24,16 @@ from torch import Tensor
 
 from ..core.files import write_atomically
 from ..core.hub import CONFIG_FILE
-from ..errors import ConfigError, FileFormatError, LockedError, MaskFormatError
+from ..errors import ConfigError, FileFormatError, MaskFormatError
 from .bank import ProfileBank
 from .config import config_of, fields_of
+from .database import Database, translated
 from .names import NameIndex, as_name, check_name
 from .profile import Profile
 from .storage import BITS, LIVE_FILE, ROWS, write_bank
 
 APPLICATION = 0x50584D42  # "PXMB"
 VERSION = 1
-_WAIT_SECONDS = 60.0
 _ROWS = 4096  # profiles that are read or written at once
 _SCHEMA = """
 CREATE TABLE bank (key TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -56,9 +53,7 @@ class LiveBank:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._here = threading.local()
-        self._process = os.getpid()
-        self._connections: list[sqlite3.Connection] = []
+        self._database = Database(path)
         facts = self._facts()
         config = config_of(_json(facts["config"], path), str(path))
         shapes = _json(facts["rows"], path)
@@ -114,12 +109,12 @@ class LiveBank:
 
     def __contains__(self, name: object) -> bool:
         key = _encoded(name)
-        return key is not None and self._one("SELECT 1 FROM profiles WHERE name = ?", key) is not None
+        return key is not None and self._database.one("SELECT 1 FROM profiles WHERE name = ?", key) is not None
 
     def __iter__(self) -> Iterator[str]:
         """Names in the order of their UTF-8. Changes that are made meanwhile may or may not be seen."""
         last = b""
-        while some := self._all("SELECT name FROM profiles WHERE name > ? ORDER BY name LIMIT ?", last, _ROWS):
+        while some := self._database.all("SELECT name FROM profiles WHERE name > ? ORDER BY name LIMIT ?", last, _ROWS):
             yield from (self._name(name) for (name,) in some)
             last = some[-1][0]
 
@@ -130,7 +125,7 @@ class LiveBank:
             MaskFormatError: its bytes changed since they were written, or are not those of a profile.
         """
         key = _encoded(name)
-        found = None if key is None else self._one("SELECT crc, data FROM profiles WHERE name = ?", key)
+        found = None if key is None else self._database.one("SELECT crc, data FROM profiles WHERE name = ?", key)
         if key is None or found is None:
             return None
         profile = self._profile(key, *found)
@@ -187,7 +182,7 @@ class LiveBank:
             self.kind.check(profile)
             data = _bytes_of(profile)
             rows.append((key, _crc(key, data), data))
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             before = self._count(connection, [key for key, _, _ in rows])
             connection.executemany(
                 "INSERT INTO profiles VALUES (?, ?, ?) "
@@ -204,7 +199,7 @@ class LiveBank:
             LockedError: other processes have been writing for a minute.
         """
         key = _encoded(name)
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             if key is None or not connection.execute("DELETE FROM profiles WHERE name = ?", (key,)).rowcount:
                 raise KeyError(f"No profile {name!r} in this live bank.")
             return self._changed(connection, -1)
@@ -218,7 +213,7 @@ class LiveBank:
         """
         profile, key, target = self[old], check_name(as_name(old)), check_name(as_name(new))
         data = _bytes_of(profile)
-        with self._writing() as connection:
+        with self._database.writing() as connection:
             if target != key and self._count(connection, [target]):
                 raise ConfigError(
                     f"There is a profile called {as_name(new)!r} already. Delete it, or choose another name."
@@ -243,7 +238,7 @@ class LiveBank:
         """
         if Path(folder).resolve() == self._path.parent.resolve():
             raise ConfigError("A live bank cannot be frozen into its own folder. Choose another one.")
-        with self._reading() as connection:
+        with self._database.reading() as connection:
             names = (self._name(name) for (name,) in connection.execute("SELECT name FROM profiles ORDER BY name"))
             index = NameIndex.build(names)
             config = config_of(fields_of(self.kind.config), str(self._path))
@@ -258,7 +253,7 @@ class LiveBank:
 
     def problems(self) -> Iterator[tuple[str | None, str]]:
         """Check every page, checksum and row. Yields the name of the profile, if any, and the problem."""
-        for (text,) in self._all("PRAGMA integrity_check"):
+        for (text,) in self._database.all("PRAGMA integrity_check"):
             if text != "ok":
                 yield None, f"The database is damaged: {text}"
         found = 0
@@ -272,10 +267,7 @@ class LiveBank:
 
     def close(self) -> None:
         """Close this process's connections. The bank can be used again afterwards."""
-        if self._process == os.getpid():
-            for connection in self._connections:
-                connection.close()
-        self._connections, self._here = [], threading.local()
+        self._database.close()
 
     def _stream(self, connection: sqlite3.Connection, part: int) -> Iterator[Tensor]:
         """Rows of one tensor, in the order of names, some thousands at a time."""
@@ -320,81 +312,27 @@ class LiveBank:
         return int(connection.execute("SELECT version FROM state").fetchone()[0])
 
     def _state(self) -> tuple[int, int]:
-        found = self._one("SELECT version, profiles FROM state")
+        found = self._database.one("SELECT version, profiles FROM state")
         if found is None or not all(isinstance(number, int) for number in found):
             raise FileFormatError(f"Expected the state of a live bank in '{self._path}', found {found}. It is damaged.")
         return found[0], found[1]
 
     def _facts(self) -> dict[str, bytes]:
-        application, version = self._one("PRAGMA application_id"), self._one("PRAGMA user_version")
+        application, version = self._database.one("PRAGMA application_id"), self._database.one("PRAGMA user_version")
         if application != (APPLICATION,) or version != (VERSION,):
             raise FileFormatError(
                 f"Expected a live bank of version {VERSION} in '{self._path}', found application {application} of "
                 f"version {version}. Update peft_xmask, or choose another file."
             )
-        facts = dict(self._all("SELECT key, value FROM bank"))
+        facts = dict(self._database.all("SELECT key, value FROM bank"))
         if facts.keys() != {"config", "rows", "shared"} or not all(isinstance(fact, bytes) for fact in facts.values()):
             raise FileFormatError(f"Expected config, rows and shared in '{self._path}', found {list(facts)!r:.80}.")
         return facts
-
-    def _one(self, query: str, *values: object) -> tuple[Any, ...] | None:
-        found = self._all(query, *values)
-        return found[0] if found else None
-
-    def _all(self, query: str, *values: object) -> list[tuple[Any, ...]]:
-        with _translated(self._path):
-            return self._connection().execute(query, values).fetchall()
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that only one process has at a time. It is committed, and on disk, at the end of the block."""
-        with self._transaction("BEGIN IMMEDIATE") as connection:
-            yield connection
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        """A transaction in which everything that is read belongs to one moment."""
-        with self._transaction("BEGIN") as connection:
-            yield connection
-
-    @contextmanager
-    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
-        connection = self._connection()
-        with _translated(self._path):
-            connection.execute(begin)
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
-
-    def _connection(self) -> sqlite3.Connection:
-        """This thread's connection. A forked child makes its own and leaves those of its parent alone."""
-        if self._process != os.getpid():
-            self._abandoned = self._connections  # never closed here: they are the parent's
-            self._process, self._connections, self._here = os.getpid(), [], threading.local()
-        connection: sqlite3.Connection | None = getattr(self._here, "connection", None)
-        if connection is None:
-            connection = _connect(self._path)
-            self._here.connection = connection
-            self._connections.append(connection)
-        return connection
 
 
 def is_live_bank(folder: str | os.PathLike[str]) -> bool:
     """Whether a folder holds a live bank."""
     return (Path(folder) / LIVE_FILE).is_file()
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    with _translated(path):
-        connection = sqlite3.connect(path, timeout=_WAIT_SECONDS, isolation_level=None, check_same_thread=False)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # a commit is flushed to disk before it returns
-        connection.execute("PRAGMA secure_delete = ON")
-    return connection
 
 
 def _build(path: Path, bank: ProfileBank) -> None:
@@ -408,7 +346,7 @@ def _build(path: Path, bank: ProfileBank) -> None:
         "rows": json.dumps(shapes).encode(),
         "shared": safetensors.torch.save({name: tensor.contiguous() for name, tensor in bank.shared.items()}),
     }
-    with _translated(path):
+    with translated(path):
         connection = sqlite3.connect(path, isolation_level=None)
         try:
             connection.execute("PRAGMA journal_mode = OFF")  # the file is not in its place yet
@@ -431,26 +369,6 @@ def _build(path: Path, bank: ProfileBank) -> None:
             connection.execute("PRAGMA journal_mode = WAL")  # kept in the file, so that no reader has to change it
         finally:
             connection.close()
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    """Translate errors of SQLite into ours."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        text = str(error)
-        if "locked" in text or "busy" in text:
-            raise LockedError(f"Other processes have been writing '{path}' for {_WAIT_SECONDS:.0f} seconds.") from error
-        if "full" in text:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
-        if "readonly" in text or "unable to open" in text:
-            raise PermissionError(
-                errno.EACCES, f"{text}. A live bank must be writable, for readers too", str(path)
-            ) from error
-        raise FileFormatError(f"'{path}' cannot be read as a live bank: {text}.") from error
-    except (sqlite3.DatabaseError, UnicodeDecodeError, OverflowError) as error:
-        raise FileFormatError(f"'{path}' is not a readable live bank: {error}. It is damaged.") from error
 
 
 def _encoded(name: object) -> bytes | None:
