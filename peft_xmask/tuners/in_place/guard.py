@@ -1,7 +1,7 @@
-"""Threads that share one model whose parameters hold its adapters.
+"""Guards for threads that share one model whose parameters hold its adapters.
 
-A layer's parameters must not be written while a thread is inside the layer. And which adapters are active belongs to
-the model, not to a thread: a thread that expects others than those that another thread has set is told so.
+A layer's parameters must not be written while a thread is inside the layer. The active adapters belong to the model,
+not to a thread: if another thread has changed them, a thread that expects the old ones gets an error.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ State = tuple[tuple[str, ...], bool]
 
 @dataclass
 class _OfThread:
-    """What a thread has done to the model, and in which pass it is.
+    """What one thread has done to the model.
 
     Attributes:
-        switches, toggles: changes of its own.
-        state: of the model that it asked for last; None: it has asked for none.
-        foreign_then: changes by others before it did.
-        foreign: changes by others before the pass that it is in.
-        named: whether it has named the adapters of its passes (``adapter_names``).
+        switches, toggles: how often this thread changed the active adapters, or enabled, deleted or merged adapters.
+        state: the state of the model that it asked for last; None: it never asked for one.
+        foreign_then: the number of changes by other threads when it asked.
+        foreign: the number of changes by other threads when its current pass began.
+        named: whether its passes name their adapters (``adapter_names``).
     """
 
     switches: int = 0
@@ -39,11 +39,11 @@ class _OfThread:
 
 
 class PassGuard:
-    """One for all layers of a model.
+    """Detects threads that change each other's adapters. All layers of a model share one guard.
 
     Attributes:
-        condition: its lock is held to look at parameters or to write them, never during a pass.
-        changing_state: held while the state of all layers is changed, so that they never get half of two states.
+        condition: its lock is held while parameters are compared or written, never during a forward pass.
+        changing_state: held while all layers change their state, so that no pass sees a mixture of two states.
     """
 
     def __init__(self) -> None:
@@ -53,25 +53,25 @@ class PassGuard:
         self._local = threading.local()
 
     def note_switch(self) -> None:
-        """This thread is about to set active adapters."""
+        """Call before setting active adapters."""
         with self.condition:
             self._switches += 1
             self._mine.switches += 1
 
     def note_toggle(self) -> None:
-        """This thread is about to enable, disable, delete, merge or unmerge adapters."""
+        """Call before enabling, disabling, deleting, merging or unmerging adapters."""
         with self.condition:
             self._toggles += 1
             self._mine.toggles += 1
 
     def note_state(self, state: State) -> None:
-        """This thread has asked for this state of the model."""
+        """Record the state of the model that this thread asked for."""
         mine = self._mine
         mine.state, mine.foreign_then = state, self._foreign(mine)
 
     @contextmanager
     def names_given(self) -> Iterator[None]:
-        """Passes of this thread, inside, name their adapters: which ones are active does not matter to them."""
+        """Within this context, passes of this thread name their adapters, and the active ones do not matter."""
         mine = self._mine
         before, mine.named = mine.named, True
         try:
@@ -80,18 +80,18 @@ class PassGuard:
             mine.named = before
 
     def begin_pass(self, state: Callable[[], State]) -> None:
-        """A forward pass of the model begins in this thread, once no other thread is changing the model's state.
+        """Call at the start of a forward pass. Waits while another thread is changing the model's state.
 
         Args:
-            state: gives that of the model.
+            state: returns the model's current state.
 
         Raises:
-            ConcurrencyError: another thread has changed the state that this one asked for.
+            ConcurrencyError: another thread has changed the state that this thread asked for.
         """
         mine = self._mine
         with self.changing_state:
             now, mine.foreign = state(), self._foreign(mine)
-        asked = mine.state if mine.foreign != mine.foreign_then else None  # None: nobody else changed it
+        asked = mine.state if mine.foreign != mine.foreign_then else None  # None: no other thread changed it
         if asked is not None and asked != now and not mine.named:
             raise ConcurrencyError(
                 f"This thread asked for {_words(asked)}, and another thread has asked for {_words(now)} since. "
@@ -99,17 +99,17 @@ class PassGuard:
             )
 
     def end_pass(self) -> None:
-        """A forward pass of the model ends in this thread.
+        """Call at the end of a forward pass.
 
         Raises:
-            ConcurrencyError: another thread has set, disabled or merged adapters meanwhile.
+            ConcurrencyError: another thread set, disabled or merged adapters during the pass.
         """
         mine = self._mine
         now = self._foreign(mine)
         if now[1] != mine.foreign[1] or (now != mine.foreign and not mine.named):
             raise ConcurrencyError(
-                "Another thread set, disabled, merged or deleted adapters during this forward pass, so that its output "
-                f"may be of several adapters. It is thrown away. {_ADVICE}"
+                "Another thread set, disabled, merged or deleted adapters during this forward pass. Its output may mix "
+                f"several adapters and was discarded. {_ADVICE}"
             )
 
     def _foreign(self, mine: _OfThread) -> tuple[int, int]:
@@ -124,13 +124,13 @@ class PassGuard:
         return found
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of the model has a guard of its own."""
+        """A copy of the model gets a new guard."""
         return PassGuard, ()
 
 
 _ADVICE = (
-    "Threads that want different adapters pass adapter_names to each call (one name for each example); or hold a lock "
-    "from set_adapter to the end of the call."
+    "If threads need different adapters, pass adapter_names to each call (one name per example), or hold a lock from "
+    "set_adapter to the end of the call."
 )
 
 
@@ -140,12 +140,12 @@ def _words(state: State) -> str:
 
 
 class LayerUse:
-    """The threads that are inside one layer's forward pass. Its parameters must not be written meanwhile.
+    """The threads inside one layer's forward pass, during which its parameters must not be written.
 
-    Threads that want the same adapters run side by side. A thread that wants others waits until the layer is free.
+    Threads that need the same adapters run side by side. A thread that needs others waits until the layer is free.
 
     Args:
-        guard: of the model.
+        guard: the model's guard.
     """
 
     __slots__ = ("_threads", "guard")
@@ -156,26 +156,26 @@ class LayerUse:
 
     @property
     def by_others(self) -> bool:
-        """Whether a thread other than this one is inside. Call it with the guard's lock held."""
+        """Whether another thread is inside. The caller holds the guard's lock."""
         threads = self._threads
         return bool(threads) and any(each != threading.get_ident() for each in threads)
 
     def enter(self) -> None:
-        """This thread goes inside. Call it with the guard's lock held."""
+        """Register this thread as inside. The caller holds the guard's lock."""
         self._threads.append(threading.get_ident())
 
     def leave(self) -> None:
-        """This thread comes out again."""
+        """Unregister this thread."""
         with self.guard.condition:
             self._threads.remove(threading.get_ident())
             if not self._threads:
                 self.guard.condition.notify_all()
 
     def wait(self) -> None:
-        """Wait until no other thread is inside. Call it with the guard's lock held; it is released meanwhile."""
+        """Wait until no other thread is inside. The caller holds the guard's lock, which is released while waiting."""
         while self.by_others:
             self.guard.condition.wait()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Nobody is inside a copy."""
+        """No thread is inside a copy."""
         return LayerUse, (self.guard,)

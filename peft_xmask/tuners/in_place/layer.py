@@ -1,9 +1,9 @@
-"""A base module whose parameters hold, in place of their own numbers, those of the active adapters.
+"""A base module whose parameters hold the values of the active adapters instead of the original ones.
 
 ```
-serving:   module(x), with  own + delta_1 + delta_2 + ...  in its parameters
-training:  the same forward pass; the backward pass hands each delta its gradient
-disabled:  module(x), with its own numbers
+serving:   module(x), with  original + delta_1 + delta_2 + ...  in its parameters
+training:  the same forward pass; the backward pass gives each delta its gradient
+disabled:  module(x), with its original parameters
 ```
 """
 
@@ -31,12 +31,12 @@ from .version import ParameterState, Served, TensorVersion
 
 
 class InPlaceLayer(TargetLayer):
-    """Wraps one module. Subclasses say what each adapter adds to its parameters; several active adapters add up.
+    """Wraps one module. A subclass defines what each adapter adds to its parameters; active adapters are summed.
 
-    :meth:`sync` is the only method that writes into the parameters. A forward pass calls it, and not the setting or
-    training of an adapter, because only then is it known what is wanted. Before the module is disabled, unmerged, cast,
-    moved, saved or loaded, :meth:`sync` gives the parameters their own numbers back. So a state dict is the base's own,
-    unless adapters are merged.
+    :meth:`sync` is the only method that writes into the parameters. It runs at the start of a forward pass, not when an
+    adapter is set or trained, because only the forward pass knows which adapters are needed. Before the module is
+    disabled, unmerged, cast, moved, saved or loaded, :meth:`sync` restores the original values. A state dict therefore
+    holds the base's original parameters, unless adapters are merged.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -55,17 +55,17 @@ class InPlaceLayer(TargetLayer):
 
     @property
     def table(self) -> DeltaTable:
-        """The table of the model that the layer is part of."""
+        """The model's table of adapters."""
         return self._table[0]
 
     def join(self, table: DeltaTable) -> None:
-        """Become part of a model. The table is held in a tuple: it belongs to the root, not to this module."""
+        """Attach the layer to a model's table. A tuple holds it, so that torch does not register it as a submodule."""
         self._table = (table,)
         self._use.guard = table.guard
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the first parameter that is floating point: a quantised weight is not."""
+        """The dtype of the first floating point parameter; a quantised weight is not one."""
         dtypes = [override.parameter.dtype for override in self._overrides.values()]
         return next((dtype for dtype in dtypes if dtype.is_floating_point), dtypes[0])
 
@@ -75,18 +75,18 @@ class InPlaceLayer(TargetLayer):
 
     @abstractmethod
     def version(self, adapter_name: str) -> TensorVersion:
-        """The version of what the adapter's changes are made from: the same object as long as they stay the same."""
+        """The version of the adapter's values: the same object until the values change."""
 
     @abstractmethod
     def changes(self, adapter_name: str) -> Sequence[Change]:
-        """What the adapter adds, parameter by parameter; with gradients where they are wanted and there are any."""
+        """What the adapter adds to each parameter, with a gradient where one is needed."""
 
     def trained_changes(self, adapter_name: str) -> Sequence[TrainedChange]:
         """What the adapter trains in this module."""
         return [change for change in self.changes(adapter_name) if change.delta.requires_grad]
 
     def indices(self, adapter_name: str) -> Mapping[str, FlatIndices]:
-        """Which elements the adapter changes, by parameter; without the parameters that it changes as a whole."""
+        """The elements that the adapter changes, by parameter. Parameters that it changes completely are left out."""
         return {}
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
@@ -97,7 +97,7 @@ class InPlaceLayer(TargetLayer):
             adapter_names: one adapter name, or ``"__base__"``, for each example of the batch.
 
         Raises:
-            BaseMismatchError: somebody changed the base's parameters while an adapter was in them.
+            BaseMismatchError: the base's parameters were modified while an adapter was written into them.
         """
         if adapter_names is not None and not self._disable_adapters:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
@@ -114,7 +114,7 @@ class InPlaceLayer(TargetLayer):
             self._use.leave()
 
     def _enter(self, names: Sequence[str] | None = None) -> None:
-        """Sync and let this thread in. Until it leaves, no other thread writes into the parameters."""
+        """Sync, and register this thread. Until it leaves, no other thread writes into the parameters."""
         use = self._use
         with use.guard.condition:
             if names is not None or not self._state.is_current():
@@ -122,7 +122,7 @@ class InPlaceLayer(TargetLayer):
             use.enter()
 
     def _forward_in_graph(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """For ``torch.compile``: a graph cannot look at versions, so it writes each time it runs. That is cheap."""
+        """For ``torch.compile``: a graph cannot compare versions, so it writes on every run, which is cheap."""
         self.sync()
         if torch.is_grad_enabled() and not self.merged:
             return self._run(self._wanted(), nullcontext, x, *args, **kwargs)
@@ -136,27 +136,27 @@ class InPlaceLayer(TargetLayer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The module's output, with gradients for what is trained of these adapters, which are in its parameters."""
+        """The module's output, with gradients for the trainable values of the adapters that its parameters hold."""
         trained = [change for name in names for change in self.trained_changes(name)]
         if trained or x.requires_grad:
             return run_changed(self.base_layer, trained, as_in_forward, x, *args, **kwargs)
         return self.base_layer(x, *args, **kwargs)
 
     def _wanted(self) -> list[str]:
-        """The adapters that the next forward pass is to serve."""
+        """The adapters that the next forward pass needs."""
         if self.merged:
             return self.merged_adapters
         return [] if self.disable_adapters else [name for name in self.active_adapters if self.has(name)]
 
     def sync(self, names: Sequence[str] | None = None) -> None:
-        """Make the parameters hold the changes of these adapters and of no others. Waits for passes of other threads.
+        """Write exactly these adapters into the parameters. Waits for the forward passes of other threads.
 
         Args:
-            names: None: the adapters that the next forward pass is to serve. Otherwise that pass calls ``sync`` again.
+            names: None: the adapters that the next forward pass needs. With names, that pass calls ``sync`` again.
 
         Raises:
-            BaseMismatchError: somebody changed the parameters while an adapter was in them; nothing is written over it.
-            FileFormatError: in eval mode, an adapter has numbers that are not finite.
+            BaseMismatchError: the parameters were modified while an adapter was in them. They are not overwritten.
+            FileFormatError: in eval mode, an adapter has values that are not finite.
         """
         if torch.compiler.is_compiling():
             self._write(self._wanted() if names is None else names)
@@ -176,15 +176,15 @@ class InPlaceLayer(TargetLayer):
                 self.note_served(wanted, stale=names is not None)
 
     def _sync_all_layers(self) -> bool:
-        """Let a subclass sync all layers of the model at once. Returns whether it did."""
+        """Hook for a subclass that syncs all layers of the model at once. Returns whether it did."""
         return False
 
     def note_served(self, served: Served, *, stale: bool = False) -> None:
-        """Record what the parameters hold now, and whether the next forward pass may want something else."""
+        """Record what the parameters hold now, and whether the next forward pass has to check it again."""
         self._state.served, self._state.stale = served, stale
 
     def serves(self, wanted: Served) -> bool:
-        """Whether the parameters hold these adapters at these versions, and the next forward pass can use them."""
+        """Whether the parameters hold these adapters at these versions, ready for the next forward pass."""
         return not self._state.stale and self._state.served == wanted
 
     @property
@@ -193,12 +193,12 @@ class InPlaceLayer(TargetLayer):
         return self._use.by_others
 
     def all_overrides(self) -> list[Override]:
-        """Of all of the module's own parameters."""
+        """The overrides of all parameters of the module."""
         return list(self._overrides.values())
 
     @contextmanager
     def _as_in_forward(self, served: Served, edits: list[tuple[int, int]]) -> Iterator[None]:
-        """For a backward pass: the parameters hold what they held in the forward pass that served these adapters."""
+        """For a backward pass: make the parameters hold what they held in its forward pass."""
         with self._use.guard.condition:
             if (
                 self._released
@@ -206,8 +206,8 @@ class InPlaceLayer(TargetLayer):
                 or any(not self.has(name) or self.version(name) is not version for name, version in served)
             ):
                 raise StaleGraphError(
-                    "Expected a base and adapters as they were in the forward pass, but they have been changed, "
-                    "deleted or unloaded since. Run backward before the optimizer's step and before such calls."
+                    "Expected the base and the adapters of the forward pass, but they have been changed, deleted or "
+                    "unloaded since. Run backward before the optimizer's step and before such calls."
                 )
             self._enter([name for name, _ in served])
         try:
@@ -233,7 +233,7 @@ class InPlaceLayer(TargetLayer):
                 override.write(*self._sum(changes, override.parameter.device))
 
     def _sum(self, changes: Sequence[Change], device: torch.device) -> tuple[Tensor | None, Tensor]:
-        """All changes of one parameter as one: where, and how much. A change of the whole parameter comes alone."""
+        """The sum of one parameter's changes: indices and values. A change of the whole parameter is the only one."""
         indexes = [None if change.indices is None else change.indices.on(device) for change in changes]
         deltas = [change.delta.to(device) for change in changes]
         if all(each is indexes[0] for each in indexes):
@@ -245,14 +245,14 @@ class InPlaceLayer(TargetLayer):
         return union, total
 
     def _union(self, name: str, indexes: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """The union of indexes into a parameter, and the positions of each index in it; computed once."""
+        """The union of several indices into a parameter, and the positions of each index in it. Cached."""
         if name not in self._unions or not _same(self._unions[name][0], indexes):
             union = torch.unique(torch.cat(list(indexes)))
             self._unions[name] = (tuple(indexes), union, [torch.searchsorted(union, index) for index in indexes])
         return self._unions[name][1:]
 
     def _find_unions(self) -> None:
-        """Compute the unions of the next forward pass: a graph cannot, since their sizes depend on data."""
+        """Compute the unions for the next forward pass. A compiled graph cannot: their sizes depend on data."""
         wanted = self._wanted()
         if len(wanted) < 2:
             return
@@ -265,7 +265,7 @@ class InPlaceLayer(TargetLayer):
                 self._union(name, indexes)
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Any:
-        """One pass for each adapter over its own examples."""
+        """Run one pass per adapter, over that adapter's examples."""
         if len(adapter_names) != x.shape[0]:
             raise ValueError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(adapter_names)} "
@@ -290,7 +290,7 @@ class InPlaceLayer(TargetLayer):
         return out
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters. If none of them changes this module, it gets its own numbers back at once."""
+        """Set the active adapters. If none of them changes this module, its original values are restored at once."""
         self._use.guard.note_switch()
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._note_set_adapter()
@@ -304,12 +304,12 @@ class InPlaceLayer(TargetLayer):
             self._find_unions()
 
     def train(self, mode: bool = True) -> Any:
-        """Set the mode. The next forward pass syncs."""
+        """Set training or evaluation mode. The next forward pass syncs."""
         self._state.stale = True
         return super().train(mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enable or disable all adapters. Disabled, the module has its own numbers at once, unless they are merged."""
+        """Enable or disable all adapters. Disabling restores the original values at once, unless merged."""
         self._use.guard.note_toggle()
         super().enable_adapters(enabled)
         self._state.stale = True
@@ -328,15 +328,15 @@ class InPlaceLayer(TargetLayer):
         self._find_unions()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put adapters into the module's parameters until :meth:`unmerge`, whatever is set, enabled or read meanwhile.
+        """Keep adapters in the module's parameters until :meth:`unmerge`, whichever adapters are set meanwhile.
 
-        The numbers are the very ones that unmerged adapters put there.
+        The parameters get exactly the values that they have while the same adapters are active and unmerged.
 
         Args:
-            safe_merge: refuse a result that is not finite.
+            safe_merge: check that the result is finite.
 
         Raises:
-            MergeError: with ``safe_merge``, a result that is not finite; the module is left as it was.
+            MergeError: with ``safe_merge``, the result is not finite. The module is not modified.
         """
         self._use.guard.note_toggle()
         names = [name for name in check_adapters_to_merge(self, adapter_names) if self.has(name)]
@@ -353,33 +353,33 @@ class InPlaceLayer(TargetLayer):
         self.merged_adapters = merged
 
     def _is_finite(self, names: Sequence[str]) -> bool:
-        """Whether these adapters, put into the parameters, leave only finite numbers there."""
+        """Whether all parameters are finite with these adapters written into them."""
         if not all(change.delta.isfinite().all() for name in names for change in self.changes(name)):
             return False
         self.sync(names)
         return all(bool(each.parameter.isfinite().all()) for each in self._overrides.values() if each.written)
 
     def unmerge(self) -> None:
-        """Give the parameters their own numbers back, bit for bit."""
+        """Restore the original values, bit for bit."""
         self._use.guard.note_toggle()
         self.merged_adapters.clear()
         self.sync(())
         self._find_unions()
 
     def release(self, *, restore: bool) -> None:
-        """The layer is about to leave its model: give the parameters their own numbers back, unless they are merged."""
+        """Prepare for removal from the model. Restores the original values if asked to."""
         if restore:
             self.unmerge()
         self._released = True
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's own numbers (and whatever the adapters hold); merged adapters stay merged."""
+        """The base's original parameters and the adapters' tensors. Merged adapters stay merged."""
         if not self.merged:
             self.sync(())
         return super().state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """What is loaded becomes the base's own, whatever was there."""
+        """Loaded values replace the original ones."""
         loaded = [each for name, each in self._overrides.items() if f"{prefix}base_layer.{name}" in state_dict]
         if loaded:
             try:
@@ -391,7 +391,7 @@ class InPlaceLayer(TargetLayer):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Cast or move the base's own numbers; merged adapters are merged again."""
+        """Cast or move the original parameters, then merge merged adapters again."""
         self.sync(())
         applied = super()._apply(fn, recurse)
         if self.merged:
@@ -404,7 +404,7 @@ class InPlaceLayer(TargetLayer):
 
 
 def _picked(argument: Any, rows: list[int], x: Tensor) -> Any:
-    """The part of an argument that belongs to some rows of the input; all of it if it has other rows than the input."""
+    """The rows of an argument if it has as many as the input; otherwise the whole argument."""
     return argument[rows] if isinstance(argument, Tensor) and argument.shape[:1] == x.shape[:1] else argument
 
 

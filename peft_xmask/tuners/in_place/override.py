@@ -1,4 +1,4 @@
-"""Other numbers in a base parameter, with the parameter's own numbers kept so that they come back bit for bit."""
+"""Temporary values in a base parameter. The original values are kept, and restored bit for bit."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ...errors import BaseMismatchError
 
 
 class Override:
-    """Writes ``own + delta`` into elements of a parameter and keeps ``own`` of those elements, and of no others.
+    """Writes ``own + delta`` into elements of a parameter. Keeps ``own``, the original values, of those elements only.
 
-    The sum is taken in float32 (or wider) and rounded once, to the parameter's dtype. Every write starts from ``own``,
-    so it does not depend on earlier writes, and :meth:`restore` has no rounding error to undo.
+    The sum is computed in float32 (or wider) and rounded once to the parameter's dtype. Every write starts from
+    ``own``, so it does not depend on earlier writes, and :meth:`restore` has no rounding error to undo.
 
-    If somebody else changes the written elements, the next write or restore finds out and refuses.
+    If other code changes the written elements, the next write or restore detects it and raises an error.
 
     Args:
-        module: holds the parameter. The parameter itself is looked up at each use, since it may be replaced.
-        name: of the parameter in the module.
+        module: the module with the parameter, which is looked up at each use because it may be replaced.
+        name: the parameter's name in the module.
     """
 
     def __init__(self, module: nn.Module, name: str) -> None:
@@ -35,35 +35,35 @@ class Override:
     @property
     def parameter(self) -> Tensor:
         """The parameter as it is now."""
-        parameter = self.module._parameters.get(self.name)  # much faster than as an attribute
+        parameter = self.module._parameters.get(self.name)  # much faster than getattr
         return getattr(self.module, self.name) if parameter is None else parameter
 
     @property
     def edits(self) -> tuple[int, int]:
-        """Identity of the parameter, and how often others changed it (as torch counts: not through ``.data``)."""
+        """The parameter's identity, and how often other code changed it (torch does not count changes to ``.data``)."""
         return id(self.parameter), self.parameter._version - self._writes
 
     @property
     def own(self) -> Tensor:
-        """The own numbers of the written elements; the whole parameter if nothing, or everything, is written."""
+        """The original values of the written elements; the whole parameter if nothing, or everything, is written."""
         return self.parameter if self._own is None else self._own
 
     @property
     def written(self) -> bool:
-        """Whether the parameter holds other numbers than its own."""
+        """Whether temporary values are in the parameter."""
         return self._own is not None
 
     def write(self, index: Tensor | None, delta: Tensor) -> None:
         """Make the parameter ``own + delta`` at ``index`` and ``own`` everywhere else.
 
-        In a graph that is being compiled nothing is checked: the graph writes each time it runs.
+        A graph being compiled checks nothing, because it writes each time it runs.
 
         Args:
             index: long, ``[n]``, distinct positions in the flattened parameter; None: all of it.
             delta: floating point, ``[n]``, or of the parameter's shape.
 
         Raises:
-            BaseMismatchError: somebody changed the elements that were written before.
+            BaseMismatchError: other code changed the elements written before.
         """
         with writing():
             if self._own is None or index is not self._index:
@@ -78,15 +78,15 @@ class Override:
         return self._own is not None and self._index is index
 
     def check(self) -> None:
-        """Refuse to go on if somebody changed the written elements, as far as torch counts changes.
+        """Check that no other code changed the written elements, as far as torch counts changes.
 
         Raises:
-            BaseMismatchError: somebody did.
+            BaseMismatchError: it did.
         """
         self._refuse_changes(thorough=False)
 
     def rewrite(self, own: Tensor, written: Tensor) -> None:
-        """Put other numbers into the elements that are written. Call it inside :func:`writing`, after :meth:`check`.
+        """Replace the temporary values. Call it inside :func:`writing`, after :meth:`check`.
 
         Args:
             own: equal to :attr:`own`, which it replaces.
@@ -103,10 +103,10 @@ class Override:
             self._seen = (parameter._version, parameter.data_ptr(), evidence)
 
     def restore(self) -> None:
-        """Give the parameter its own numbers back. Does nothing if it has them.
+        """Restore the original values. Does nothing if they are there already.
 
         Raises:
-            BaseMismatchError: somebody changed the written elements.
+            BaseMismatchError: other code changed the written elements.
         """
         if self._own is not None:
             with writing():
@@ -119,7 +119,7 @@ class Override:
             self.forget()
 
     def forget(self) -> None:
-        """Take what the parameter holds now as its own numbers."""
+        """Accept the parameter's current values as the original ones."""
         self._index = self._own = self._seen = None
 
     def _get(self, index: Tensor | None) -> Tensor:
@@ -155,17 +155,17 @@ class Override:
                 return
         raise BaseMismatchError(
             f"Expected '{self.name}' of a {type(self.module).__name__} to hold what the active adapter wrote, but it "
-            "holds other numbers: the base was changed while an adapter was active. That change is still there, but "
-            "the base's own numbers are lost: load the base again. To change a base on purpose, disable its adapters "
-            "first.",
-            expected="the numbers of the active adapter",
-            found="others",
+            "holds other values: the base was changed while an adapter was active. That change is still there, but "
+            "the base's original values are lost: load the base again. To change a base on purpose, disable its "
+            "adapters first.",
+            expected="the values of the active adapter",
+            found="other values",
         )
 
 
 @contextmanager
 def writing() -> Iterator[None]:
-    """No gradients, and no inference tensors either: what is kept here is used outside of inference mode too."""
+    """Disable gradients and inference mode: tensors kept here are also used outside of inference mode."""
     if torch.compiler.is_compiling():
         with torch.no_grad():
             yield
@@ -181,11 +181,11 @@ def combined(own: Tensor, delta: Tensor) -> Tensor:
 
 
 def _bits(numbers: Tensor) -> Tensor:
-    """The bits as integers, which are equal exactly where the bits are."""
+    """The bits as integers: equal where, and only where, the bits are equal."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[numbers.element_size()]
     return numbers.contiguous().view(integers)
 
 
 def _checksum(numbers: Tensor) -> Tensor:
-    """Of the bits, for a parameter that is written whole: smaller than a copy."""
+    """A checksum of the bits, for a parameter that is written completely: smaller than a copy."""
     return _bits(numbers).sum(dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What the adapters of one model add to its parameters: one vector each, at the model's root."""
+"""The values that the adapters of one model add to its parameters: one vector per adapter, at the model's root."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .version import TensorVersion
 
 
 class DeltaVector:
-    """Everything the table knows about one adapter: its vector and how it is divided among the parameters.
+    """One adapter of the table: its vector, and how the vector is divided among the parameters.
 
     Args:
         name: of the adapter, for error messages.
         holder: the module that holds the vector ``[n]``. The tensor itself is looked up at each use, since PEFT
             replaces it when it casts.
         sizes: length of each part, in order; they add up to n.
-        rounding: dtype that every number is rounded to where it is used, and saved in; None: none.
+        rounding: dtype to which every value is rounded before use, and in which it is saved; None: no rounding.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class DeltaVector:
         """The vector's version: the same object until the vector changes.
 
         Raises:
-            FileFormatError: with ``check_finite``, the vector has changed and a number is not finite.
+            FileFormatError: with ``check_finite``, the vector has changed and a value is not finite.
         """
         version = self._version
         if version is None or not version.is_current():
@@ -66,14 +66,14 @@ class DeltaVector:
         return self.rounded(self.holder.weight.detach())
 
     def rounded(self, numbers: Tensor) -> Tensor:
-        """Numbers as they are where they are used. Gradients pass as if they were not rounded."""
+        """The values rounded as they are used. Gradients ignore the rounding."""
         return _rounded(numbers, self.rounding)
 
     def stored(self, vector: Tensor) -> Tensor:
-        """The vector as it is saved: exactly the numbers that are used.
+        """The vector as saved: exactly the values in use.
 
         Raises:
-            FileFormatError: a number is not finite.
+            FileFormatError: a value is not finite.
         """
         refuse_non_finite(self.name, vector)
         return vector.detach().to(self.rounding or torch.float32)
@@ -82,7 +82,7 @@ class DeltaVector:
         """Check a vector that a file holds for this adapter.
 
         Raises:
-            FileFormatError: another length, a dtype that is not floating point, or a number that is not finite.
+            FileFormatError: another length, a dtype that is not floating point, or a value that is not finite.
         """
         expected = self.holder.weight
         if vector.shape != expected.shape or not vector.is_floating_point():
@@ -97,7 +97,7 @@ class DeltaVector:
         return self.rounded(vector.narrow(0, self._starts[index], self.sizes[index]))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what a copy computes when it needs it."""
+        """Leave out caches, which a copy computes again."""
         return {**self.__dict__, "_version": None, "_parts": None}
 
 
@@ -123,7 +123,7 @@ class DeltaTable(RootTable):
 
     @property
     def holders(self) -> MutableMapping[str, TrainableTensor | PackedTensor]:
-        """What PEFT walks: the modules that hold the vectors, by adapter name."""
+        """The modules that hold the vectors, by adapter name. PEFT walks over them."""
         return getattr(self, self.state_name)  # type: ignore[no-any-return]
 
     @property
@@ -137,7 +137,7 @@ class DeltaTable(RootTable):
         Args:
             vector: ``[n]``, its starting values.
             sizes: length of each part, in order; they add up to n.
-            rounding: dtype that every number is rounded to where it is used, and saved in; None: none.
+            rounding: dtype to which every value is rounded before use, and in which it is saved; None: no rounding.
         """
         holder = self.holders[adapter_name] = self.holder_cls(vector)
         self._adapters[adapter_name] = DeltaVector(adapter_name, holder, sizes, rounding)
@@ -146,7 +146,7 @@ class DeltaTable(RootTable):
         """The version of an adapter's vector: the same object until the vector changes.
 
         Raises:
-            FileFormatError: in eval mode, the vector has changed and a number is not finite.
+            FileFormatError: in eval mode, the vector has changed and a value is not finite.
         """
         return self._adapters[adapter_name].version(check_finite=not self.training)
 
@@ -157,7 +157,7 @@ class DeltaTable(RootTable):
 
 
 class _Rounded(torch.autograd.Function):
-    """Rounded to a dtype and back; the gradient passes as if it were not."""
+    """Round to a dtype and back; the gradient ignores the rounding."""
 
     @staticmethod
     def forward(ctx: Any, vector: Tensor, dtype: torch.dtype) -> Tensor:
@@ -176,7 +176,7 @@ def _rounded(vector: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def refuse_non_finite(adapter_name: str, numbers: Tensor) -> None:
-    """Refuse numbers of an adapter that are not all finite.
+    """Check that all values of an adapter are finite.
 
     Raises:
         FileFormatError: one is not.

@@ -1,4 +1,4 @@
-"""What the tuners share that write into base parameters: refusing what could not be put right, and their files."""
+"""What the tuners that write into base parameters share: which parameters they refuse, and their files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TABLE = "delta_table"
 
 
 class InPlaceTuner(TargetTuner):
-    """Base of the tuners whose adapters are numbers added to base parameters.
+    """Base of the tuners whose adapters are added to base parameters.
 
     A subclass names its ``table_cls`` too; its ``layer_cls`` is an
     :class:`~peft_xmask.tuners.in_place.layer.InPlaceLayer`.
@@ -37,16 +37,16 @@ class InPlaceTuner(TargetTuner):
     _injecting_now = False
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """What is looked at from here on is the base's own."""
+        """Restore the original parameters first, since targets are checked by their values."""
         for module in model.modules():
             if isinstance(module, InPlaceLayer) and not module.merged:
                 module.sync(())
         super()._prepare_model(peft_config, model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters: what PEFT does, to the modules that it would find by walking over all of them twice.
+        """Set the active adapters as PEFT does, but find the modules in one walk instead of two.
 
-        Those walks take longer than the rest of a switch.
+        The walks take longer than the rest of a switch.
         """
         with self._changing_state(adapter_name, None):
             found = _Found(self.model, (AuxiliaryTrainingWrapper, self.tuner_layer_cls))
@@ -65,11 +65,11 @@ class InPlaceTuner(TargetTuner):
 
     @contextmanager
     def _changing_state(self, names: str | list[str] | None, disabled: bool | None) -> Iterator[None]:
-        """Change the state of all layers, one thread after another, and remember what this thread asked for.
+        """Change the state of all layers, one thread at a time, and record what this thread asked for.
 
         Args:
-            names: of the active adapters; None: they stay.
-            disabled: whether adapters are disabled; None: as they are.
+            names: the active adapters; None: not changed.
+            disabled: whether adapters are disabled; None: not changed.
         """
         table = getattr(self.model, TABLE, None)
         if not isinstance(table, DeltaTable) or self._injecting_now:
@@ -83,7 +83,7 @@ class InPlaceTuner(TargetTuner):
             table.guard.note_state((wanted, now[1] if disabled is None else disabled))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Put an adapter into the model, or leave the model as it was."""
+        """Add an adapter, or leave the model unchanged on an error."""
         self._injecting_now = True
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -92,19 +92,19 @@ class InPlaceTuner(TargetTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Pass ``adapter_names``, one name for each example of the batch, to the layers."""
+        """Pass ``adapter_names``, one name per example of the batch, to the layers."""
         named = self.table.guard.names_given() if kwargs.get("adapter_names") is not None else nullcontext()
         with named, super()._enable_peft_forward_hooks(*args, **kwargs):
             yield
 
     @property
     def table(self) -> DeltaTable:
-        """The table of the model."""
+        """The model's table of adapters."""
         table: DeltaTable = getattr(self.model, TABLE)
         return table
 
     def _make_table(self) -> None:
-        """Done at the first target: before it, PEFT has not yet decided that the base is to be frozen."""
+        """Create the table at the first target; earlier, PEFT has not yet frozen the base."""
         if not hasattr(self.model, TABLE):
             table = self.table_cls()
             table.train(self.model.training)
@@ -115,7 +115,7 @@ class InPlaceTuner(TargetTuner):
             ]
 
     def _check_targets(self, model: nn.Module, found: list[tuple[str, nn.Module]], names: list[list[str]]) -> None:
-        """Reject parameters whose change in place would have side effects.
+        """Refuse parameters that cannot be changed in place without side effects.
 
         Args:
             names: of the parameters of each target.
@@ -164,8 +164,8 @@ class InPlaceTuner(TargetTuner):
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """The adapted modules' own parameters, named as in a PeftModel.
 
-        Each process has loaded them, and masks are made from them, so DDP need not send them. Nor must it: an adapter's
-        values may be in them, other ones in each process as long as DDP has not sent those.
+        Every process has loaded them, so DDP need not send them. It must not either: an adapter's values may be written
+        into them, and processes have different values until DDP has sent the adapter.
         """
         return [
             f"base_model.{name}.base_layer.{parameter_name}"
@@ -175,7 +175,7 @@ class InPlaceTuner(TargetTuner):
         ]
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """What is trained is float32 from the start; without PEFT's autocast it has the base's dtype instead."""
+        """Trainable values are float32 from the start. Without PEFT's autocast they take the base's dtype instead."""
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         elif adapter_name in self.table.holders:
@@ -202,7 +202,7 @@ class InPlaceTuner(TargetTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """What is saved: the adapter's vector, in the dtype of storage."""
+        """The saved state: the adapter's vector, in its storage dtype."""
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         table = find_table(model)
         ending = f"{TABLE}.{table.state_name}.{adapter_name}.weight"
@@ -238,7 +238,7 @@ def _end_pass(model: nn.Module, *_: Any) -> None:
 
 
 class _Found:
-    """The modules of some classes inside a model, where PEFT asks a model for its modules."""
+    """Stands in for a model where PEFT calls ``modules()``: gives only the modules of some classes."""
 
     def __init__(self, model: nn.Module, classes: tuple[type, ...]) -> None:
         seen, kinds = {model}, {}

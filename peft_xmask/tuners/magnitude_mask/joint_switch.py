@@ -1,7 +1,7 @@
-"""Switching all layers of a model at once, from one adapter to another that has the same mask.
+"""Switch all layers of a model at once, from one adapter to another with the same mask.
 
-The base's own numbers under the mask lie in one tensor then, in the order of the values, so that there is one sum for
-the whole model. Each layer only has to copy its part into its parameters.
+The base's original values under the mask are gathered in one tensor, in the order of the adapter's values, so that one
+addition serves the whole model. Each layer then only copies its part into its parameters.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class JointSwitch:
             use by another thread: nothing has been changed then, and each layer has to be written on its own.
 
         Raises:
-            BaseMismatchError: somebody changed the base's parameters; nothing has been changed then either.
+            BaseMismatchError: other code changed the base's parameters. Nothing is written in that case.
         """
         plan = self._plan(table, adapter_name)
         if not plan or not all(each.ready(adapter_name) for each in plan):
@@ -145,7 +145,7 @@ class JointSwitch:
         return self._plans[adapter_name]
 
     def _gather(self, plan: list[_LayerPlan], sizes: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-        """The base's own numbers under the mask, as one tensor and in parts; None for several dtypes or devices."""
+        """The base's original values under the mask, as one tensor and in parts; None for several dtypes or devices."""
         parts = {part.part: part.override.own for each in plan for part in each.parts}
         if self._own is not None and all(part is self._own[1][index] for index, part in parts.items()):
             return self._own

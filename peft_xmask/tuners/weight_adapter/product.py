@@ -24,7 +24,7 @@ class Product(TrainedChange):
 
     Attributes:
         name: of the parameter in its module.
-        own: the parameter's own numbers, any shape.
+        own: the parameter's original values, any shape.
         down: D, ``[d, r]``.
         up: U, ``[r, d]``.
         shift: c, ``[r]``; None: none.
