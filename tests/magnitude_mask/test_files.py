@@ -144,7 +144,7 @@ def test_targets_that_cannot_be(tiny_bert, masked):
     packed[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
     refused(packed, "weight of '0' is quantised .*Quantise with bitsandbytes", target_modules=["0"])
     refused(tiny_bert().to("meta"), "on the meta device", target_modules=["query"])
-    refused(tiny_bert(), "leaves nothing", density=0.0001)
+    refused(tiny_bert(), "selects none of the", density=0.0001)
     refused(tiny_bert(), "without a weight", target_modules=["dropout"])
     refused(tiny_bert(), "not found", ValueError, target_modules=["nothing"])
     refused(nn.Sequential(nn.Linear(2, 2)), "No default target_modules")

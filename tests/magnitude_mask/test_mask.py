@@ -94,7 +94,7 @@ def test_numbers_that_are_made_for_it_are_held_one_parameter_at_a_time(scope, se
 
 
 def test_a_density_that_leaves_nothing():
-    with pytest.raises(TargetError, match=r"density=0.01 leaves nothing of the 10 numbers of 'm'"):
+    with pytest.raises(TargetError, match=r"density=0.01 selects none of the 10 weights of 'm'"):
         make_mask([Candidate("m", torch.ones(10))], Rule(0.01))
 
 

@@ -50,5 +50,5 @@ class BottleneckConfig(SiteConfig):
             raise ConfigError(f"dropout={self.dropout!r} is invalid: expected a number from 0 up to, not including, 1.")
 
     def card_facts(self) -> list[tuple[str, object]]:
-        """What a model card says of the method's own settings."""
+        """The method's settings, as rows of a model card."""
         return [("bottleneck size", self.bottleneck_size)]

@@ -1,4 +1,4 @@
-"""The magnitude mask: train the smallest weights of a base, and store nothing but their changes."""
+"""The magnitude mask: train the smallest weights of a base, and store only their changes."""
 
 from .config import MagnitudeMaskConfig
 from .layer import MagnitudeMaskLayer

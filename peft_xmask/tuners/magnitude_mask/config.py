@@ -19,26 +19,26 @@ STORAGE_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class MagnitudeMaskConfig(TargetConfig):
-    """Train the numbers of a base with the smallest magnitude: ``w' = w + v`` in the places of the mask, else ``w``.
+    """Train the base's weights of smallest magnitude: ``w' = w + v`` where the mask selects ``w``, and ``w`` elsewhere.
 
     Only ``v`` is trained and saved. The mask is a function of the base, so it is the same for every task; its
     fingerprint is checked when a file is loaded.
 
     Args:
-        density: share of the numbers that are trained, in (0, 1].
-        selection: ``"smallest"`` magnitudes; or, to compare with, ``"largest"`` or ``"random"``.
+        density: share of the weights that are trained, in (0, 1].
+        selection: ``"smallest"`` magnitudes, or ``"largest"`` or ``"random"`` for comparison.
         scope: ``"module"``: the density holds in every module; ``"model"``: one threshold for all of them.
         include_bias: whether the biases of the targeted modules take part. They always do in modules whose weight has
             one dimension, such as a LayerNorm.
         storage_dtype: dtype of the saved values; None: ``"float32"``. With ``"bfloat16"`` or ``"float16"`` values are
             rounded wherever they are used, in training too, so that a file gives exactly what was evaluated.
-        seed: of a random selection.
-        init_weights: True: values start at zero, which is the base model. False: at random numbers as large as the
+        seed: seed of a random selection.
+        init_weights: True: values start at zero, so the model starts as the base. False: random values as large as the
             weights, for tests.
         target_modules: modules of any kind with a ``weight``: linear, embedding, convolution, normalisation. None:
             every linear layer of the blocks.
-        mask_fingerprint: of the mask; recorded when the adapter is made, checked when it is loaded.
-        mask_dtype: in which magnitudes were compared; recorded.
+        mask_fingerprint: the mask's fingerprint; recorded when the adapter is made, checked when it is loaded.
+        mask_dtype: the dtype in which magnitudes were compared; recorded.
         mask_ties: by dtype, which of the magnitudes that equal the threshold there were chosen; recorded, so that a
             base can be loaded in another dtype.
 
@@ -50,12 +50,12 @@ class MagnitudeMaskConfig(TargetConfig):
     Source: PaFi (Liao, Meng & Monz, arXiv 2305.16742).
     """
 
-    density: float = field(default=0.005, metadata={"help": "Share of the numbers that are trained."})
+    density: float = field(default=0.005, metadata={"help": "Share of the weights that are trained."})
     selection: str = field(default="smallest", metadata={"help": "'smallest', 'largest' or 'random'."})
-    scope: str = field(default="module", metadata={"help": "'module' or 'model': what has one threshold."})
-    include_bias: bool = field(default=False, metadata={"help": "Whether biases of targeted modules take part."})
+    scope: str = field(default="module", metadata={"help": "One threshold per 'module', or for the whole 'model'."})
+    include_bias: bool = field(default=False, metadata={"help": "Whether biases of targeted modules may be selected."})
     storage_dtype: str | None = field(default=None, metadata={"help": "Dtype of the saved values; None: float32."})
-    seed: int = field(default=0, metadata={"help": "Of a random selection."})
+    seed: int = field(default=0, metadata={"help": "Seed of a random selection."})
     init_weights: bool = field(default=True, metadata={"help": "Start at the base model; False: at random."})
     mask_fingerprint: str | None = field(default=None, metadata={"help": "Fingerprint of the mask."})
     mask_dtype: str | None = field(default=None, metadata={"help": "Dtype in which magnitudes were compared."})
@@ -76,9 +76,9 @@ class MagnitudeMaskConfig(TargetConfig):
             dtype_from_name(str(self.mask_dtype))
 
     def card_facts(self) -> list[tuple[str, object]]:
-        """What a model card says of the method's own settings."""
+        """The method's settings, as rows of a model card."""
         return [
-            ("trained", f"{self.density:.3%} of the numbers of each {self.scope}, {self.selection} first"),
+            ("trained", f"{self.density:.3%} of the weights of each {self.scope}, {self.selection} first"),
             ("mask fingerprint", f"`{self.mask_fingerprint}`, on a base in {self.mask_dtype}"),
         ]
 

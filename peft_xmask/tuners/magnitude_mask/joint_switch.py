@@ -22,7 +22,7 @@ from ..in_place.version import Served
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """A parameter that an adapter changes.
+    """One parameter that an adapter changes.
 
     Attributes:
         override: of the parameter.
@@ -36,7 +36,7 @@ class WrittenPart:
 
 
 class SwitchableLayer(Protocol):
-    """What is asked of a layer; see :class:`~peft_xmask.tuners.magnitude_mask.layer.MagnitudeMaskLayer`."""
+    """What a layer must provide; see :class:`~peft_xmask.tuners.magnitude_mask.layer.MagnitudeMaskLayer`."""
 
     @property
     def in_use_by_others(self) -> bool:
@@ -46,13 +46,13 @@ class SwitchableLayer(Protocol):
         """Whether the adapter trains an element of the layer's module."""
 
     def wants_only(self, adapter_name: str) -> bool:
-        """Whether the next forward pass is to serve this adapter, unmerged, and no other."""
+        """Whether the next forward pass needs this adapter, unmerged, and no other."""
 
     def written_parts(self, adapter_name: str) -> list[WrittenPart]:
         """The parameters that the adapter changes."""
 
     def all_overrides(self) -> list[Override]:
-        """Of all of the module's own parameters."""
+        """The overrides of all parameters of the module."""
 
     def serves(self, wanted: Served) -> bool:
         """Whether the parameters hold these adapters at these versions."""
@@ -63,14 +63,14 @@ class SwitchableLayer(Protocol):
 
 @dataclass(frozen=True)
 class _LayerPlan:
-    """What an adapter writes in a layer, and what it leaves alone."""
+    """What an adapter writes in one layer, and what it leaves alone."""
 
     layer: SwitchableLayer
     parts: Sequence[WrittenPart]
     others: Sequence[Override]
 
     def ready(self, adapter_name: str) -> bool:
-        """Whether the layer is to serve this adapter alone, and holds one with the same mask now."""
+        """Whether the layer needs this adapter alone, and now holds one with the same mask."""
         return (
             self.layer.wants_only(adapter_name)
             and all(each.override.holds(each.indices.index) for each in self.parts)
@@ -79,7 +79,7 @@ class _LayerPlan:
 
 
 class JointSwitch:
-    """The layers of one model that have been written one by one, and what is known about them."""
+    """The layers of one model that were written one by one, and their plans by adapter."""
 
     def __init__(self) -> None:
         self._layers: dict[int, ReferenceType[SwitchableLayer]] = {}
@@ -87,14 +87,14 @@ class JointSwitch:
         self._own: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def enter(self, layer: SwitchableLayer) -> None:
-        """Let a layer take part from now on."""
+        """Register a layer."""
         known = self._layers.get(id(layer))
         if known is None or known() is not layer:
             self._layers[id(layer)] = ref(layer)
             self._plans.clear()
 
     def forget_plans(self) -> None:
-        """To be called when adapters are added or deleted."""
+        """Discard all plans. Call this when adapters are added or deleted."""
         self._plans.clear()
 
     def write(self, table: DeltaTable, adapter_name: str) -> bool:

@@ -43,7 +43,7 @@ class ValueTable(DeltaTable, MagnitudeMaskModule):
         self.joint_switch.forget_plans()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the layers: those of a copy enter themselves."""
+        """Leave out the layers: those of a copy register themselves."""
         return {**self.__dict__, "joint_switch": JointSwitch()}
 
 
@@ -91,7 +91,7 @@ class MagnitudeMaskLayer(InPlaceLayer, MagnitudeMaskModule):
         self.set_adapter(self.active_adapters)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Set the active adapters. Masks have nothing to train or to freeze, so none of them is visited."""
+        """Set the active adapters. Masks have nothing to train or freeze, so the walk skips them."""
         self._use.guard.note_switch()
         self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self._note_set_adapter()
@@ -111,7 +111,7 @@ class MagnitudeMaskLayer(InPlaceLayer, MagnitudeMaskModule):
         return False
 
     def wants_only(self, adapter_name: str) -> bool:
-        """Whether the next forward pass is to serve this adapter, unmerged, and no other."""
+        """Whether the next forward pass needs this adapter, unmerged, and no other."""
         return self._active_adapter in ([adapter_name], adapter_name) and not (
             self._disable_adapters or self.merged_adapters
         )

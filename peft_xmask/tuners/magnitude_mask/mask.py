@@ -38,9 +38,9 @@ class Candidate:
 
     Attributes:
         owner: name of its module; the parameters of one module have one threshold with ``scope="module"``.
-        numbers: the parameter; or what makes its numbers each time they are read, and whose result nobody keeps.
+        numbers: the parameter; or a function that makes its values each time they are read and does not keep them.
         excluded: index of a slice that takes no part (an embedding's padding row); None: none.
-        shape, dtype, device: of the numbers.
+        shape, dtype, device: those of the values.
     """
 
     owner: str
@@ -56,7 +56,7 @@ class Candidate:
             object.__setattr__(self, name, getattr(numbers, name))
 
     def read(self) -> Tensor:
-        """The numbers."""
+        """The values."""
         return self.numbers.detach() if isinstance(self.numbers, Tensor) else self.numbers()
 
 
@@ -180,7 +180,7 @@ def _keys(candidate: Candidate, rule: Rule, *dtypes: str) -> Tensor:
         numbers = candidate.read()
         for dtype in dtypes:
             numbers = numbers.to(dtype_from_name(dtype))
-        keys = numbers.abs().float().contiguous().view(torch.int32)  # of numbers not below 0, bits order as they do
+        keys = numbers.abs().float().contiguous().view(torch.int32)  # non-negative floats are ordered as their bits
         if rule.selection == "largest":
             keys = _LAST_KEY - keys
     if candidate.excluded is not None:
@@ -205,8 +205,8 @@ def _count(owner: str, keys: Iterable[Tensor], rule: Rule) -> int:
     count = round(rule.density * eligible)
     if count < 1:
         raise TargetError(
-            f"density={rule.density} leaves nothing of the {eligible:,} numbers of '{owner}'. Expected at least one: "
-            'raise the density, or exclude the module. With scope="model", modules need not have any.'
+            f"density={rule.density} selects none of the {eligible:,} weights of '{owner}'. Raise the density, or "
+            'exclude the module. With scope="model", a module may have none.'
         )
     return count
 
@@ -219,7 +219,7 @@ def _kth(keys: Iterable[Tensor], count: int) -> int:
 
 
 def _bin(numbers: Iterable[Tensor], bins: int, count: int) -> tuple[int, int]:
-    """The bin that holds the ``count``-th lowest of the numbers, and how many are in the bins before it."""
+    """The bin of the ``count``-th lowest value, and how many values the bins before it hold."""
     total = sum(torch.bincount(each, minlength=bins).cpu() for each in numbers)
     assert isinstance(total, Tensor)
     sums = total.cumsum(0)
@@ -244,7 +244,7 @@ def _first(keys: Iterable[Tensor], threshold: int, count: int) -> list[Tensor]:
 
 
 def _chosen_ties(candidate: Candidate, rule: Rule, threshold: int, dtype: str, coarse: str, index: Tensor) -> Tensor:
-    """Of the numbers that equal the threshold in a coarser dtype, which are chosen. bool, in their order."""
+    """Which of the values that equal the threshold in a coarser dtype are chosen: bool, in their order."""
     bits = torch.tensor([_LAST_KEY - threshold if rule.selection == "largest" else threshold], dtype=torch.int32)
     limit = _keys(Candidate("", bits.view(torch.float32)), rule, dtype, coarse)
     ties = (_keys(candidate, rule, dtype, coarse) == int(limit)).nonzero().view(-1)

@@ -126,7 +126,7 @@ class MagnitudeMaskModel(InPlaceTuner):
                 raise MergeError(f"Cannot merge into '{name}': {module.why_not_mergeable()}")
 
     def _shared_indices(self, mask: Mask) -> tuple[FlatIndices, ...]:
-        """The indices that an earlier adapter with the same mask has already, if any: they are the same objects."""
+        """The index objects of an earlier adapter with the same mask, if there is one: adapters share them."""
         self._indices = getattr(self, "_indices", {})
         kept: tuple[FlatIndices, ...] = self._indices.setdefault(mask.fingerprint, mask.indices)
         return kept
@@ -177,7 +177,7 @@ def _padding(layer: nn.Module, parameter: str) -> int | None:
 
 
 def _start(config: MagnitudeMaskConfig, candidates: list[Candidate], mask: Mask) -> Tensor:
-    """Where values start: zero, or normal with the root mean square of their parameter."""
+    """Starting values: zero, or normal with the root mean square of their parameter."""
     device = candidates[0].device
     if config.init_weights or config.inference_mode:
         return torch.zeros(sum(len(each) for each in mask.indices), device=device)

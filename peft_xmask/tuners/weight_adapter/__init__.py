@@ -1,4 +1,4 @@
-"""The weight adapter: an adapter over the base's own biases or weights, of which only the result is kept."""
+"""The weight adapter: an adapter over the base's own biases or weights. Only its result is kept."""
 
 from .config import WeightAdapterConfig
 from .layer import WeightAdapterLayer

@@ -21,7 +21,7 @@ class WeightAdapterConfig(TargetConfig):
     """An adapter over the base's own parameters: ``b' = b + s f(b D + c) U`` and ``W' = W + s f(W D + c) U``.
 
     ``D``, ``U`` and ``c`` are trained. The file holds the change that they make, of the shape of the bias or weight,
-    whatever ``r`` is. In inference the base computes with ``b'`` or ``W'`` instead of its own.
+    whatever ``r`` is. In inference the base uses ``b'`` or ``W'`` in place of ``b`` or ``W``.
 
     Args:
         target: ``"bias"``, ``"weight"`` or ``"both"``: the biases of the targeted modules, their weights, or their
@@ -30,12 +30,12 @@ class WeightAdapterConfig(TargetConfig):
             weight.
         activation: f, one of ``peft_xmask.core.adapter.ACTIVATIONS``.
         scale: s.
-        dropout: probability of zeroing a number of ``f(b D + c)`` in training; drawn once per optimizer step.
+        dropout: probability of zeroing an element of ``f(b D + c)`` in training; drawn once per optimizer step.
         adapter_bias: whether to train ``c``. None: only where the bias or weight is all zero, since ``f(0 D)`` would
             never change it.
-        storage_dtype: dtype of what is saved; None: ``"float32"``. With ``"bfloat16"`` or ``"float16"`` the change is
+        storage_dtype: dtype of the saved change; None: ``"float32"``. With ``"bfloat16"`` or ``"float16"`` it is
             rounded wherever it is used, in training too, so that a file gives exactly what was evaluated.
-        init_weights: True: ``U`` starts at zero, which is the base model. False: at random, for tests.
+        init_weights: True: ``U`` starts at zero, so the model starts as the base. False: at random, for tests.
         target_modules: modules of any kind with a bias (or weight): linear, convolution, normalisation. None: the
             linear layers of the feed-forward network of each block, for the architectures in
             ``peft_xmask.tuners.base.targets.FFN_LINEAR``.
@@ -54,7 +54,7 @@ class WeightAdapterConfig(TargetConfig):
     scale: float = field(default=1.0, metadata={"help": "Constant factor on the change."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout before the second matrix."})
     adapter_bias: bool | None = field(default=None, metadata={"help": "Inner bias; None: where the input is all zero."})
-    storage_dtype: str | None = field(default=None, metadata={"help": "Dtype of what is saved; None: float32."})
+    storage_dtype: str | None = field(default=None, metadata={"help": "Dtype of the saved change; None: float32."})
     init_weights: bool = field(default=True, metadata={"help": "Start at the base model; False: at random."})
 
     def __post_init__(self) -> None:
@@ -73,7 +73,7 @@ class WeightAdapterConfig(TargetConfig):
             require_choice("storage_dtype", self.storage_dtype, STORAGE_DTYPES)
 
     def card_facts(self) -> list[tuple[str, object]]:
-        """What a model card says of the method's own settings."""
+        """The method's settings, as rows of a model card."""
         read = {"bias": "biases", "weight": "weights", "both": "weights and biases"}[self.target]
         stored = self.storage_dtype or "float32"
         return [("adapter", f"r = {self.r}, {self.activation}, over {read}; only its result is kept, in {stored}")]

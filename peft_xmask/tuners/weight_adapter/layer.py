@@ -132,7 +132,7 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
         self.set_adapter(self.active_adapters)
 
     def fresh_factors(self, adapter_name: str, *, at_base: bool = False) -> dict[str, Tensor]:
-        """Where an adapter's factors start, by the name of what holds them.
+        """Starting values of an adapter's factors, by the name of the module that holds them.
 
         Args:
             at_base: let the change start at zero, whatever the config says.
@@ -147,7 +147,7 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
         return found
 
     def factors(self, adapter_name: str) -> dict[str, Tensor]:
-        """What an adapter trains here, by the name of what holds it; empty if it was loaded for inference."""
+        """The adapter's trainable tensors here, by their modules' names; empty if it was loaded for inference."""
         return {name: each.weight for name, each in self._holders(adapter_name).items()}
 
     def _holders(self, adapter_name: str) -> dict[str, TrainableTensor]:
@@ -162,7 +162,7 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
         """Of what the adapter trains here, and of what is stored of it.
 
         Raises:
-            FileFormatError: in eval mode, a number is not finite.
+            FileFormatError: in eval mode, a value is not finite.
         """
         stored = self.table.version(adapter_name)
         version = self._versions.get(adapter_name)
@@ -198,7 +198,7 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
         """What is saved of an adapter, without dropout: its parts of the vector, with their numbers, and the changes.
 
         Raises:
-            FileFormatError: a number is not finite.
+            FileFormatError: a value is not finite.
         """
         found = []
         with torch.no_grad():
@@ -251,7 +251,7 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
         return parameter.name == "weight" and isinstance(self.get_base_layer(), Conv1D)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As its base's, without dropout."""
+        """The base's state dict and the adapters', without dropout."""
         self._merging = True
         try:
             super().merge(safe_merge, adapter_names)
@@ -265,5 +265,5 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
         self._kept = {key: each for key, each in self._kept.items() if key[0] != adapter_name}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what a copy computes anew."""
+        """Leave out caches, which a copy computes again."""
         return {**self.__dict__, "_versions": {}, "_kept": {}}

@@ -73,9 +73,9 @@ class WeightAdapterModel(InPlaceTuner):
             self.table.holders[adapter_name].weight = self.table.holders[source].weight.clone()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """What is trained is float32 from the start; without PEFT's autocast it has the base's dtype instead.
+        """Trainable values are float32 from the start; without PEFT's autocast they take the base's dtype instead.
 
-        What is stored stays in the dtype of its file.
+        Stored changes keep the dtype of their file.
         """
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -86,7 +86,7 @@ class WeightAdapterModel(InPlaceTuner):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        """Its base's, and what is stored: each process has loaded it, so DDP need not send it every pass."""
+        """The base's parameters and the stored changes: every process has loaded them, so DDP need not send them."""
         stored = [f"base_model.{name}" for name, _ in self.named_buffers() if ".weight_adapter_delta." in name]
         return [*super()._ddp_params_and_buffers_to_ignore, *stored]
 
@@ -99,7 +99,7 @@ class WeightAdapterModel(InPlaceTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """What is saved: the change alone, in the dtype of storage."""
+        """The saved state: the change alone, in its storage dtype."""
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         layers = adapted_layers(model, adapter_name).values()
         if not any(layer.factors(adapter_name) for layer in layers):
