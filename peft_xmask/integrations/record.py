@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..tuners.base.config import TargetConfig
@@ -60,12 +61,23 @@ class RecordCallback(TrainerCallback):
                 config.training.update(facts)
 
 
+def with_configs(model: nn.Module) -> Any:
+    """The part of a Trainer's model that holds the configs of its adapters: a PeftModel, or a model of transformers.
+
+    It is the model itself, or inside it where the model is a ``SentenceTransformer``. A model without adapters is
+    returned as it is.
+    """
+    holders = (each for each in model.modules() if isinstance(getattr(each, "peft_config", None), dict))
+    return next(holders, model)
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _trained(model: Any) -> list[TargetConfig]:
+def _trained(model: nn.Module) -> list[TargetConfig]:
     """Configs of the adapters of ours that are active, and so trained."""
+    model = with_configs(model)
     configs = getattr(model, "peft_config", {})
     active = getattr(model, "active_adapters", [])
     names = active() if callable(active) else active  # a method of transformers' models, a property of PEFT's

@@ -19,7 +19,7 @@ from ..tuners.base.state import gathered, sharded_as
 from ..tuners.xpeft.masks import AdapterMasks
 from ..tuners.xpeft.table import MaskTable, find_table
 from .checkpoints import check_shape, checkpoint_folder, find_state
-from .record import RecordCallback
+from .record import RecordCallback, with_configs
 
 STATE_FILE = "xpeft_training_state.safetensors"
 """Beside each checkpoint: per adapter ``<name>.logits [P, 2*S*N]`` and ``<name>.gain [P, S]``, float32."""
@@ -166,7 +166,7 @@ def trained_adapters(table: MaskTable) -> list[AdapterMasks]:
 def set_logit_scale(model: nn.Module, masks: AdapterMasks, logit_scale: float) -> None:
     """Change the scale of an adapter's logits, also in its config."""
     masks.rescale_logits(logit_scale)
-    model.peft_config[masks.name].logit_scale = logit_scale  # type: ignore[union-attr, index]
+    with_configs(model).peft_config[masks.name].logit_scale = logit_scale
 
 
 def _put_back(table: MaskTable, tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:

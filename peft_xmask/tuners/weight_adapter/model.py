@@ -13,7 +13,7 @@ from ...core.files import dtype_from_name
 from ...errors import TargetError
 from ..base.peft_private import register
 from ..base.targets import FFN_LINEAR
-from ..in_place.tuner import InPlaceTuner, find_table, parameter_names
+from ..in_place.tuner import TABLE, InPlaceTuner, find_table, parameter_names
 from .config import WeightAdapterConfig
 from .layer import AdaptedParameter, ModuleAdapter, ResultTable, StoredChange, WeightAdapterLayer, WeightAdapterModule
 from .product import Start
@@ -57,7 +57,9 @@ class WeightAdapterModel(InPlaceTuner):
     ) -> None:
         adapter, position = part
         if position == 0:
-            self._make_table()
+            if not hasattr(self.model, TABLE):
+                self._make_table()
+                self.table.hooks.append(self.model.register_load_state_dict_pre_hook(_load_served_state))
             dtype = dtype_from_name(config.storage_dtype or "float32")
             device = next(iter(layer.get_base_layer().parameters())).device
             start = StoredChange.zeros(sum(self._new), dtype, device)
@@ -114,16 +116,43 @@ class WeightAdapterModel(InPlaceTuner):
     ) -> dict[str, Tensor]:
         """Check a file before any tensor reaches the model; an adapter to be trained starts anew on top of it."""
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        fresh = {
-            f"{name}.{key}.{adapter_name}.weight": tensor
-            for name, layer in adapted_layers(model, adapter_name).items()
-            if layer.factors(adapter_name)
-            for key, tensor in layer.fresh_factors(adapter_name, at_base=True).items()
-        }
-        if fresh:
-            holder = find_table(model).holders[adapter_name]
-            holder.weight = holder.weight.clone()  # room for what is to be kept
-        return {**state_dict, **fresh}
+        return {**state_dict, **_fresh_start(model, adapter_name)}
+
+
+def _fresh_start(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Factors of an adapter that begins anew on top of a stored change, by name; none where it is not trained."""
+    fresh = {
+        f"{name}.{key}.{adapter_name}.weight": tensor
+        for name, layer in adapted_layers(model, adapter_name).items()
+        if layer.factors(adapter_name)
+        for key, tensor in layer.fresh_factors(adapter_name, at_base=True).items()
+    }
+    if fresh:
+        holder = find_table(model).holders[adapter_name]
+        holder.weight = holder.weight.clone()  # room for what is to be kept
+    return fresh
+
+
+def _load_served_state(root: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Pre-hook of the root's ``load_state_dict``: give a model that trains the state of one that serves.
+
+    The other model has no factors, for example in ``SentenceTransformerTrainer``, which loads a checkpoint as a new
+    model and copies its state. The adapter begins anew on top of the stored change, as with a file.
+
+    Raises:
+        FileFormatError: the stored change does not fit, or is not finite.
+    """
+    table = find_table(root)
+    for name in table.holders:
+        key = f"{prefix}{TABLE}.{table.state_name}.{name}.weight"
+        factors = [
+            f"{prefix}{at}.{each}.{name}.weight"
+            for at, layer in adapted_layers(root, name).items()
+            for each in layer.factors(name)
+        ]
+        if key in state_dict and factors and not any(each in state_dict for each in factors):
+            state_dict[key] = table[name].check_stored(state_dict[key])
+            state_dict.update({prefix + each: tensor for each, tensor in _fresh_start(root, name).items()})
 
 
 def adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, WeightAdapterLayer]:

@@ -27,7 +27,7 @@ from .layer import XPEFTLayer, XPEFTSite
 from .masks import BASE, AdapterMasks
 from .offset import set_offsets
 from .passes import OF_THREAD, BatchRows
-from .table import MaskTable, XPEFTModule, begin_forward, end_forward, find_table
+from .table import MaskTable, XPEFTModule, begin_forward, end_forward, find_table, load_served_state
 
 
 @dataclass
@@ -107,6 +107,7 @@ class XPEFTModel(SiteTuner):
             table.hooks = [
                 self.model.register_forward_pre_hook(begin_forward, with_kwargs=True),
                 self.model.register_forward_hook(end_forward, always_call=True),
+                self.model.register_load_state_dict_pre_hook(load_served_state),
             ]
         masks = AdapterMasks(
             adapter_name,

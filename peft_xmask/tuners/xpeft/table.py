@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ...errors import ConfigError
 from ..base.peft_private import BaseTunerLayer, current_graph_task
 from ..base.state import PackedTensor, RootTable, TrainableTensor
-from .keys import BITS, GAIN, GAIN_BITS, LOGITS, OFFSET_BITS, PARTS, TABLE
+from .keys import BITS, GAIN, GAIN_BITS, LOGITS, OFFSET_BITS, PARTS, TABLE, ending
 from .masks import AdapterMasks, Names
 from .mixing import ActiveAdapters
 from .passes import OF_THREAD, BatchRows, ForwardPass
@@ -188,6 +188,29 @@ def end_forward(root: nn.Module, _: Any, output: Any) -> None:
     """Forward hook of the base model's root."""
     table: MaskTable = getattr(root, TABLE)
     table.end(output)
+
+
+def load_served_state(root: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Pre-hook of the root's ``load_state_dict``: give a model that trains the state of one that serves.
+
+    The other model has bytes where this one has logits, for example in ``SentenceTransformerTrainer``, which loads a
+    checkpoint as a new model and copies its state. Logits are rebuilt from the bytes, as for a file.
+
+    Raises:
+        MaskFormatError: the bytes are not those of valid masks.
+    """
+    table: MaskTable = getattr(root, TABLE)
+    for name, masks in table.adapters.items():
+        keys = {part: prefix + ending(part, name) for part in PARTS}
+        bits, gain_bits = state_dict.get(keys[BITS]), state_dict.get(keys[GAIN_BITS])
+        if not masks.is_trained or bits is None or keys[LOGITS] in state_dict or not bits.any():
+            continue
+        masks.spec.check(bits, gain_bits)
+        logits, gain = masks.unpack(bits, gain_bits)
+        state_dict[keys[LOGITS]], state_dict[keys[BITS]] = logits, torch.zeros_like(bits)
+        if gain is not None and gain_bits is not None:
+            state_dict[keys[GAIN]], state_dict[keys[GAIN_BITS]] = gain, torch.zeros_like(gain_bits)
+        masks.rebuilt = True
 
 
 def find_table(model: nn.Module) -> MaskTable:
