@@ -218,6 +218,7 @@ def main():
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--labels", type=int, nargs="+", default=list(COLUMNS), choices=COLUMNS, help=f"{ALL}: all")
     parser.add_argument("--quick", action="store_true", help="one set, three rows, one seed: minutes")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "peft_xmask-people")
     parser.add_argument("--redraw", action="store_true", help="print what has been measured, train nothing")
@@ -232,7 +233,7 @@ def main():
             measure(name, [TRIED], options.seeds, COLUMNS, options.cache, held=False)
     for name in options.sets:
         if not options.redraw:
-            measure(name, options.rows, options.seeds, COLUMNS, options.cache)
+            measure(name, options.rows, options.seeds, options.labels, options.cache)
         facts[name] = show(name, options.rows)
         if options.markdown:
             print(markdown(name, options.rows))
