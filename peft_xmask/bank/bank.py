@@ -13,6 +13,7 @@ from torch import nn
 
 from ..core.hub import HubOptions, find_folder, upload
 from ..errors import ConfigError
+from ..pool.beside import save_beside
 from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.table import find_table
 from .bake import BakedLora, LoraBaker
@@ -159,13 +160,25 @@ class ProfileBank(BankRows):
         """
         return similar(self, name, count)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, with_pool: bool = False) -> None:
         """Write the bank, also over itself. Readers of the old bank keep it, and a crash leaves the old or the new one.
+
+        Args:
+            folder: to write to.
+            with_pool: also save the pool there, unless a seed says what it is, so that the folder needs nothing but the
+                base. A pool that the bank already has beside it is always copied.
 
         Raises:
             LockedError: another process is writing the folder.
         """
-        write_merged([self], Path(folder))
+        bank = self
+        if with_pool:
+            pool = copy.copy(self.config).resolve_pool()
+            if pool.kind != "random" or pool.common is not None:
+                config = copy.copy(self.config)
+                config.pool = str(save_beside(pool, Path(folder)).name_or_path)
+                bank = self._of(config, self.content())
+        write_merged([bank], Path(folder))
 
     @classmethod
     def merge(

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..core.files import write_atomically
 from ..core.hub import CONFIG_FILE
 from ..errors import ConfigError, FileFormatError, MaskFormatError
+from ..pool.beside import carried, located
 from .bank import ProfileBank
 from .config import config_of, fields_of
 from .database import Database, translated
@@ -56,6 +57,7 @@ class LiveBank:
         self._database = Database(path)
         facts = self._facts()
         config = config_of(_json(facts["config"], path), str(path))
+        config.pool = located(config.pool, path.parent)
         shapes = _json(facts["rows"], path)
         if BITS not in shapes or not set(shapes) <= set(ROWS):
             raise FileFormatError(f"Expected rows of {', '.join(ROWS)} in '{path}', found {sorted(shapes)}.")
@@ -96,7 +98,8 @@ class LiveBank:
         path = Path(folder) / LIVE_FILE
         if path.exists() or _is_frozen(path.parent):
             raise ConfigError(f"'{path.parent}' already holds a bank. Choose another folder for the live one.")
-        write_atomically(path, lambda beside: _build(beside, bank))
+        pool = carried(fields_of(bank.config)["pool"], path.parent)
+        write_atomically(path, lambda beside: _build(beside, bank, pool))
         return cls(path)
 
     def __len__(self) -> int:
@@ -335,12 +338,12 @@ def is_live_bank(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / LIVE_FILE).is_file()
 
 
-def _build(path: Path, bank: ProfileBank) -> None:
+def _build(path: Path, bank: ProfileBank, pool: str | None) -> None:
     names = list(bank)
     keys = [check_name(name) for name in names]
     order = sorted(range(len(keys)), key=keys.__getitem__)
     shapes = {key: bank.row_shape(key) for key in bank.row_keys()}
-    fields = fields_of(bank.config)
+    fields = {**fields_of(bank.config), "pool": pool}
     facts = {
         "config": json.dumps(fields, sort_keys=True).encode(),
         "rows": json.dumps(shapes).encode(),

@@ -22,6 +22,8 @@ from ..core.files import write_atomically, write_text
 from ..core.hub import CONFIG_FILE, Folder
 from ..core.tensor_file import MappedTensors, header_sha256, map_tensors, write_tensor_stream
 from ..errors import FileFormatError, LockedError
+from ..pool.beside import PATTERN as POOL_PATTERN
+from ..pool.beside import carried, located
 from ..tuners.base.classifier import CONFIG_FILE as MODEL_CONFIG
 from ..tuners.base.model_card import complete_card
 from ..tuners.xpeft import XPEFTConfig, keys
@@ -34,7 +36,7 @@ ROWS = (BITS, GAIN_BITS, OFFSET_BITS)
 """Tensors with a row for each profile, by their names in a file."""
 
 NAMES_PATTERN = "profiles-*.safetensors"
-FILENAMES = (CONFIG_FILE, ADAPTER_FILE, NAMES_PATTERN, MODEL_CONFIG, "README.md")
+FILENAMES = (CONFIG_FILE, ADAPTER_FILE, NAMES_PATTERN, MODEL_CONFIG, POOL_PATTERN, "README.md")
 LOCK_FILE = ".bank.lock"
 LIVE_FILE = "live_bank.sqlite"
 VERSION = "2"
@@ -146,7 +148,7 @@ def write_bank(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _lock(folder):
-        fields = fields_of(config)
+        fields = {**fields_of(config), "pool": carried(fields_of(config)["pool"], folder)}
         metadata = {"format": "pt", VERSION_KEY: VERSION, CONFIG_KEY: json.dumps(fields, sort_keys=True)}
         fixed = {**shared, **{NAMES_PREFIX + name: tensor for name, tensor in names.tensors.items()}}
         write_atomically(
@@ -178,7 +180,7 @@ def _stored(
     assert bits is not None
     if names is not None and len(names) != len(bits):
         raise FileFormatError(f"Expected names for the {len(bits)} profiles of '{where}', found {len(names)}.")
-    config.num_profiles = len(bits)
+    config.num_profiles, config.pool = len(bits), located(config.pool, folder.path)
     shared = {key: tensor for key, tensor in tensors.items() if key not in ROWS and not key.startswith(NAMES_PREFIX)}
     return StoredBank(config, Content(bits, gain_bits, shared, names, offset_bits), version, file)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..core.adapter_folder import ADAPTER_FILE
 from ..core.hub import CONFIG_FILE, Folder, HubOptions, find_folder
 from ..errors import ConfigError, FileFormatError, PeftXMaskError
+from ..pool.beside import located
 from ..tuners.base.model_card import AUTO_CLASSES
 from ..tuners.xpeft import XPEFTConfig
 from ..tuners.xpeft.spec import MaskSpec
@@ -137,6 +138,7 @@ def folder_problems(folder: Folder, stored: StoredBank) -> Iterator[Problem]:
     if stored.version == VERSION:
         expected = json.loads(json.dumps(fields_of(stored.config)))
         beside = _current_names(beside)
+        beside["pool"] = located(beside.get("pool"), folder.path)
         wrong = sorted(name for name in expected if beside.get(name) != expected[name])
     else:
         expected, wrong = {"num_profiles": len(stored.content.bits)}, []

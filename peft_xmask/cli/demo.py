@@ -81,8 +81,9 @@ def film_table(folder: Path, people: int) -> PeopleTable:
 
 
 def _run(base: Path, folder: Path, people: int, epochs: float, seed: int, keep: bool) -> bool:
-    from ..people.personalize import PersonalizeSettings, personalize
+    from ..people.personalize import personalize
     from ..people.predictor import Predictor
+    from ..people.settings import PersonalizeSettings
 
     with progress_bar("reading the ratings"):
         table = film_table(folder, people)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,8 +16,12 @@ from rich.table import Table
 from .console import bytes_text, output, print_facts, print_json, progress_bar
 
 if TYPE_CHECKING:
+    from ..bank.bank import ProfileBank
     from ..people.predictor import Prediction
     from ..people.report import Report
+
+Answer = Callable[[list[str], "list[str | None]"], list[dict[str, Any]]]
+"""Texts and whose each is -> the objects to print."""
 
 
 class Task(str, Enum):
@@ -26,37 +30,47 @@ class Task(str, Enum):
     classification = "classification"
     regression = "regression"
     multi_label = "multi-label"
+    causal_lm = "causal-lm"
 
 
 def personalize(
     base: Annotated[str, typer.Option(help="Base model: folder or Hub id.")],
-    data: Annotated[str, typer.Option(help="CSV, JSON Lines or Parquet file, or a Hub dataset.")],
+    data: Annotated[str, typer.Option(help="CSV, JSON Lines or Parquet file, or a dataset: folder or Hub id.")],
     out: Annotated[Path, typer.Option(help="Folder to write the bank to.")],
     text: Annotated[str, typer.Option(help="Column of the texts.")] = "text",
-    label: Annotated[str, typer.Option(help="Column of the labels.")] = "label",
+    label: Annotated[
+        str | None,
+        typer.Option(help="Column of the labels; causal-lm: of completions. Default: label; causal-lm: none."),
+    ] = None,
     who: Annotated[str, typer.Option(help="Column that says whose each row is.")] = "user",
     task: Annotated[Task, typer.Option(help="What is learnt.")] = Task.classification,
     pool: Annotated[str, typer.Option(help="'random', or a saved pool: folder or Hub id.")] = "random",
     split: Annotated[str | None, typer.Option(help="Column with train, validation or test.")] = None,
     time: Annotated[str | None, typer.Option(help="Column by which a person's rows are ordered.")] = None,
-    hub_split: Annotated[str, typer.Option(help="Split of a Hub dataset.")] = "train",
-    epochs: Annotated[float, typer.Option(help="Passes over the data for the profiles.")] = 10.0,
+    hub_split: Annotated[str, typer.Option(help="Split of a dataset.")] = "train",
+    epochs: Annotated[float, typer.Option(help="Passes over the data for the masks; 0: no masks.")] = 4.0,
     max_length: Annotated[int, typer.Option(help="Tokens after which a text is cut.")] = 128,
-    num_adapters: Annotated[int, typer.Option(help="Adapters in a random pool.")] = 100,
-    seed: Annotated[int, typer.Option(help="Of the head, the order of the data and dropout.")] = 0,
+    num_adapters: Annotated[int, typer.Option(help="Adapters in a random pool.")] = 104,
+    layers: Annotated[int, typer.Option(help="How many of the last blocks are adapted; 0: all.", min=0)] = 2,
+    min_labels: Annotated[int, typer.Option(help="Training rows that a person needs for a profile.", min=1)] = 3,
+    seed: Annotated[int, typer.Option(help="Of the masks' start, the order of the data and dropout.")] = 0,
+    ray: Annotated[int | None, typer.Option(help="Train with this many Ray workers.", min=1)] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Write over a bank at --out.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Learn what all people share and a profile for each of them; write a bank and say what each part brings."""
     from ..errors import ConfigError
-    from ..people.personalize import PersonalizeSettings
     from ..people.personalize import personalize as run
+    from ..people.settings import PersonalizeSettings
     from ..people.table import PeopleTable
 
     if (out / "adapter_config.json").exists() and not replace:
         raise ConfigError(f"There is a bank at '{out}' already. Choose another folder, or pass --replace.")
-    settings = PersonalizeSettings(epochs=epochs, max_length=max_length, num_adapters=num_adapters, seed=seed)
+    settings = PersonalizeSettings(
+        epochs=epochs, max_length=max_length, num_adapters=num_adapters, layers=layers or None, min_labels=min_labels,
+        seed=seed,
+    )  # fmt: skip
     with progress_bar("reading the table"):
         table = PeopleTable.read(
             data, text=text, label=label, who=who, task=task.value, split=split, time=time, hub_split=hub_split
@@ -66,10 +80,10 @@ def personalize(
             {
                 "people": f"{len(table.people):,} with training examples",
                 "examples": ", ".join(f"{len(rows):,} {part}" for part, rows in table.parts.items()),
-                "labels": _labels(table.labels) if task is not Task.regression else f"numbers ({label})",
+                "learnt": _learnt(table.task, table.labels, label),
             }
         )
-    done = run(base, table, out, settings, pool=pool, resume=resume, progress=not as_json)
+    done = run(base, table, out, settings, pool=pool, ray=ray, resume=resume, progress=not as_json)
     if as_json:
         print_json({**done.report.to_dict(), "bank": str(out)})
         return
@@ -83,28 +97,73 @@ def predict(
     who: Annotated[str | None, typer.Option(help="Answer every text as this person would.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model. Default: the one the bank names.")] = None,
     batch_size: Annotated[int, typer.Option(help="Texts in a forward pass.", min=1)] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Language models: most tokens to add to a text.", min=1)] = 64,
+    score: Annotated[bool, typer.Option("--score", help="Language models: say how likely texts are.")] = False,
 ) -> None:
     """Answer texts, each as its person would: JSON lines out.
 
     A line is a JSON object with "text" and, without --who, "who" (missing or null: nobody); or it is the text itself.
+    Banks of language models continue the texts, or with --score say how likely they are.
     """
     from itertools import islice
 
+    from ..bank.bank import ProfileBank
     from ..errors import ConfigError
-    from ..people.predictor import Predictor
+    from ..people.writer import is_language_bank
 
-    predictor = Predictor.from_pretrained(bank, base)
-    if who is not None and who not in predictor.bank:
+    opened = ProfileBank.from_pretrained(bank)
+    if who is not None and who not in opened:
         raise ConfigError(
-            f"No profile {who!r} in the bank '{bank}' of {len(predictor.bank):,}. Leave --who away for the answers of "
-            "the common part."
+            f"No profile {who!r} in the bank '{bank}' of {len(opened):,}. Leave --who away for the answers of the "
+            "common part."
         )
+    if is_language_bank(opened):
+        answer = _writing(opened, base, batch_size, max_new_tokens, score)
+    elif score:
+        raise ConfigError("--score is for banks of language models; this bank always gives the scores of its labels.")
+    else:
+        answer = _predicting(opened, base, batch_size)
     lines = enumerate(_lines(source), 1)
     while some := [_request(line, number, who) for number, line in islice(lines, 8 * batch_size)]:
-        answers = predictor.predict([text for text, _ in some], [name for _, name in some], batch_size=batch_size)
-        for (text, _), answer in zip(some, answers, strict=True):
-            sys.stdout.write(json.dumps(to_json(text, answer), ensure_ascii=False) + "\n")
+        for found in answer([text for text, _ in some], [name for _, name in some]):
+            sys.stdout.write(json.dumps(found, ensure_ascii=False) + "\n")
         sys.stdout.flush()
+
+
+def _predicting(bank: ProfileBank, base: str | None, batch_size: int) -> Answer:
+    from ..people.predictor import Predictor
+
+    predictor = Predictor(bank, base)
+
+    def answer(texts: list[str], people: list[str | None]) -> list[dict[str, Any]]:
+        found = predictor.predict(texts, people, batch_size=batch_size)
+        return [to_json(text, each) for text, each in zip(texts, found, strict=True)]
+
+    return answer
+
+
+def _writing(bank: ProfileBank, base: str | None, batch_size: int, max_new_tokens: int, score: bool) -> Answer:
+    from ..people.writer import Writer
+
+    writer = Writer(bank, base)
+
+    def write(texts: list[str], people: list[str | None]) -> list[dict[str, Any]]:
+        found = writer.write(texts, people, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return [
+            {"text": text, "who": each.who, "continuation": each.text, "personal": each.personal}
+            for text, each in zip(texts, found, strict=True)
+        ]
+
+    def likely(texts: list[str], people: list[str | None]) -> list[dict[str, Any]]:
+        return [
+            {
+                "text": text, "who": each.who, "nats_per_token": round(each.nats_per_token, 4),
+                "perplexity": round(each.perplexity, 2), "tokens": each.tokens, "personal": each.personal,
+            }
+            for text, each in zip(texts, writer.score(texts, people), strict=True)
+        ]  # fmt: skip
+
+    return likely if score else write
 
 
 def to_json(text: str, answer: Prediction) -> dict[str, Any]:
@@ -166,5 +225,9 @@ def _request(line: str, number: int, who: str | None) -> tuple[str, str | None]:
     return text, name
 
 
-def _labels(names: tuple[str, ...]) -> str:
-    return f"{len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+def _learnt(task: str, names: tuple[str, ...], label: str | None) -> str:
+    if task == Task.causal_lm.value:
+        return "the texts themselves" if label is None else f"completions ({label})"
+    if task == Task.regression.value:
+        return f"numbers ({names[0]})"
+    return f"{len(names)} labels: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"

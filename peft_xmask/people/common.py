@@ -2,38 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from ..integrations.pooled_classifier import MeanPooledClassifier, mean_pool
+from ..integrations.pooled_classifier import MeanPooledClassifier
+from ..pool import AdapterPool
+from ..tuners.xpeft import XPEFTConfig
+from .examples import Row, by_length, inputs_of
 from .offsets import losses
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 """Weights of the squared norm of the head that are tried, for features of unit variance."""
 
 
-@torch.no_grad()
-def pooled_states(
-    model: MeanPooledClassifier, examples: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> Tensor:
-    """Mean hidden states ``[n, d]`` of tokenised examples under the frozen base."""
-    collate = DataCollatorWithPadding(tokenizer)
-    order = sorted(range(len(examples)), key=lambda place: len(examples[place]["input_ids"]))
-    found = torch.empty(len(examples), model.classifier.in_features)
-    model.eval()
-    for start in range(0, len(order), 64):
-        some = order[start : start + 64]
-        inputs = [
-            {key: value for key, value in examples[place].items() if key not in ("labels", "user")} for place in some
-        ]
-        batch = {name: part.to(model.device) for name, part in collate(inputs).items()}
-        states = model.backbone(**batch).last_hidden_state
-        found[torch.tensor(some)] = mean_pool(states, batch["attention_mask"]).float().cpu()
-    return found
+class SharedStates:
+    """Mean hidden states of the base, with the common part of a pool if there is one; a context manager.
+
+    While it is open, a pool's common part is attached to the model; afterwards the model is as it was.
+
+    Args:
+        model: with the base and a head.
+        tokenizer: of the base.
+        pool: its common part acts on the states; None: nothing does.
+    """
+
+    def __init__(
+        self, model: MeanPooledClassifier, tokenizer: PreTrainedTokenizerBase, pool: AdapterPool | None
+    ) -> None:
+        self.classifier = model.classifier
+        self.collate = DataCollatorWithPadding(tokenizer)
+        self.model: Any = model
+        self.adapted = pool is not None and pool.common is not None
+        if self.adapted:
+            self.model = get_peft_model(model, XPEFTConfig(pool=pool, num_profiles=1))
+        self.model.eval()
+
+    def __enter__(self) -> SharedStates:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Detach the common part."""
+        if self.adapted:
+            self.model.unload()
+
+    @torch.no_grad()
+    def of(self, examples: Sequence[Row]) -> Tensor:
+        """States ``[n, d]`` of tokenised examples."""
+        found = torch.empty(len(examples), self.classifier.in_features)
+        read: list[Tensor] = []
+        hook = self.classifier.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+        try:
+            for some in by_length(examples):
+                inputs = self.collate([inputs_of(examples[place]) for place in some])
+                batch = {name: part.to(self.model.device) for name, part in inputs.items()}
+                if self.adapted:
+                    batch["adapter_names"] = torch.full((len(some),), -1, device=self.model.device)
+                self.model(**batch)
+                found[torch.tensor(some)] = read.pop().float().cpu()
+        finally:
+            hook.remove()
+        return found
 
 
 def fit_head(

@@ -15,12 +15,15 @@ from ..errors import ConfigError, FileFormatError, MissingExtraError
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 """Kinds of file that are read; ``.gz`` may follow all but the last."""
 
+_SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
 Columns = dict[str, list[Any]]
 """Values by column, in the order of the rows."""
 
 
 def read_columns(source: str, wanted: Sequence[str], split: str = "train") -> Columns:
-    """Read some columns of a file, or of a split of a dataset on the Hub.
+    """Read some columns of a file, or of a split of a dataset: one in a folder, or one on the Hub.
+
+    A dataset's folder is what ``save_to_disk`` wrote, or files that ``datasets.load_dataset`` reads.
 
     Cells of a CSV file are strings; an empty one is None. Other values are as JSON or Parquet have them.
 
@@ -32,7 +35,9 @@ def read_columns(source: str, wanted: Sequence[str], split: str = "train") -> Co
     path = Path(source)
     ending = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     is_file = path.exists() or ending.lower() in ENDINGS or source.count("/") > 1
-    columns = _read_file(path, ending.lower()) if is_file else _read_hub(source, split)
+    if path.is_dir():
+        is_file = False
+    columns = _read_file(path, ending.lower()) if is_file else _read_dataset(source, split)
     missing = [name for name in wanted if name not in columns]
     if missing:
         raise FileFormatError(f"Expected a column '{missing[0]}' in '{source}', found columns {sorted(columns)}.")
@@ -122,21 +127,31 @@ def _read_parquet(path: Path) -> Columns:
     return {name: table.column(name).to_pylist() for name in table.column_names}
 
 
-def _read_hub(source: str, split: str) -> Columns:
+def _read_dataset(source: str, split: str) -> Columns:
     try:
         import datasets
     except ImportError as error:
         raise _no_datasets() from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    folder = Path(source).is_dir()
     try:
-        table = datasets.load_dataset(source, split=split)
+        if any((Path(source) / name).is_file() for name in _SAVED):
+            saved = datasets.load_from_disk(source)
+            if isinstance(saved, dict) and split not in saved:
+                raise ValueError(f"it has the splits {', '.join(saved)}")
+            table = saved[split] if isinstance(saved, dict) else saved
+        else:
+            table = datasets.load_dataset(source, split=split)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = " ".join(str(error).split()).rstrip(".")
-        raise ConfigError(
-            f"The dataset '{source}' (split '{split}') could not be read: {reason}. It is no file here either: check "
-            "the spelling of the path or the id and of the split, and that the Hub can be reached."
-        ) from error
+        advice = "Check the split (--hub-split) and the files in the folder."
+        if not folder:
+            advice = (
+                "It is no file here either: check the spelling of the path or the id and of the split, and that the "
+                "Hub can be reached."
+            )
+        raise ConfigError(f"The dataset '{source}' (split '{split}') could not be read: {reason}. {advice}") from error
     columns: Columns = {}
     for name in table.column_names:
         names = getattr(table.features[name], "names", None)

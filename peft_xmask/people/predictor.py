@@ -176,6 +176,11 @@ def head_of(bank: ProfileBank) -> Classifier:
     Raises:
         ConfigError: they are not recorded.
     """
+    if str(getattr(bank.config.task_type, "value", bank.config.task_type)) == "CAUSAL_LM":
+        raise ConfigError(
+            "The bank is one of a language model, which has no labels to give. Ask it with `peft-xmask predict` or "
+            "peft_xmask.people.writer.Writer, and serve it with vLLM (docs/works-with.md)."
+        )
     if bank.config.classifier is None:
         raise ConfigError(
             "The bank does not record how its head pools and what its labels are called, so it cannot be asked. Make "

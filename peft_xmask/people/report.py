@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,11 @@ MEASURES = {
     "classification": "accuracy",
     "regression": "mean absolute error",
     "multi-label": "share of labels right",
+    "causal-lm": "nats per token",
 }
+"""What is measured of each task."""
+ERRORS = (MEASURES["regression"], MEASURES["causal-lm"])
+"""Measures of which a lower value is better."""
 FEW = 20
 """Most training labels of a person with few of them."""
 
@@ -63,7 +68,7 @@ class Report:
     @property
     def lower_is_better(self) -> bool:
         """Whether the measure is an error."""
-        return self.measure == MEASURES["regression"]
+        return self.measure in ERRORS
 
     @property
     def gain(self) -> float:
@@ -77,8 +82,19 @@ class Report:
         return asdict(self)
 
 
+def few_of(labels: Mapping[str, int]) -> int:
+    """The most training labels of a person with few: :data:`FEW`, or the median if everybody has more."""
+    return FEW if any(count <= FEW for count in labels.values()) else int(statistics.median(labels.values()))
+
+
 def layer_of(
-    name: str, scores: Sequence[float], people: Sequence[str], labels: Mapping[str, int], few: int, nbytes: int
+    name: str,
+    scores: Sequence[float],
+    people: Sequence[str],
+    labels: Mapping[str, int],
+    few: int,
+    nbytes: int,
+    weights: Sequence[float] | None = None,
 ) -> Layer:
     """Means of the scores of test examples.
 
@@ -89,11 +105,13 @@ def layer_of(
         labels: training labels of each person.
         few: most labels of a person with few.
         nbytes: of one person.
+        weights: of the examples in the means, such as their tokens; None: all equal.
     """
-    some = [score for score, person in zip(scores, people, strict=True) if labels.get(person, 0) <= few]
-    rest = [score for score, person in zip(scores, people, strict=True) if labels.get(person, 0) > few]
-    return Layer(name, _mean(list(scores)) or 0.0, _mean(some), _mean(rest), nbytes)
+    facts = list(zip(scores, weights or [1.0] * len(scores), people, strict=True))
+    some = [(score, weight) for score, weight, person in facts if labels.get(person, 0) <= few]
+    rest = [(score, weight) for score, weight, person in facts if labels.get(person, 0) > few]
+    return Layer(name, _mean([*some, *rest]) or 0.0, _mean(some), _mean(rest), nbytes)
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[tuple[float, float]]) -> float | None:
+    return sum(value * weight for value, weight in values) / sum(weight for _, weight in values) if values else None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..bank.names import check_name
 from ..errors import ConfigError, FileFormatError
 from ..tuners.base.classifier import Classifier
+from .cells import PARTS, CellProblems, label_in
 from .files import read_columns
 
 PROBLEMS = {
@@ -17,13 +16,12 @@ PROBLEMS = {
     "regression": "regression",
     "multi-label": "multi_label_classification",
 }
-"""What is learnt, and what transformers calls it."""
-TASKS = tuple(PROBLEMS)
-PARTS = ("train", "validation", "test")
+"""Tasks with a classification head, and what transformers calls them."""
+CAUSAL_LM = "causal-lm"
+"""The task of a language model: to continue a text."""
+TASKS = (*PROBLEMS, CAUSAL_LM)
 FRACTIONS = (0.7, 0.1)
 """Shares of a person's examples, oldest first, that are for training and validation; the rest is for the test."""
-_SHOWN = 5
-_SYNONYMS = {"dev": "validation", "valid": "validation", "val": "validation", "eval": "test"}
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,13 @@ class Example:
 
     Attributes:
         text: as it stands in the table.
-        label: number of the label; a value for regression; numbers of the labels for multi-label.
+        label: number of the label; a value for regression; numbers of the labels for multi-label; for a language model
+            what continues the text, or an empty string if the text itself is what is learnt.
         who: name of the person.
     """
 
     text: str
-    label: int | float | tuple[int, ...]
+    label: int | float | str | tuple[int, ...]
     who: str
 
 
@@ -46,8 +45,8 @@ class PeopleTable:
     """Labelled texts of people.
 
     Attributes:
-        task: ``"classification"``, ``"regression"`` or ``"multi-label"``.
-        labels: names of the labels, in the order of their numbers; one name for regression.
+        task: one of :data:`TASKS`.
+        labels: names of the labels, in the order of their numbers; one name for regression; none for a language model.
         parts: examples by part, ``"train"``, ``"validation"`` and ``"test"``, each in the order of the table.
     """
 
@@ -66,7 +65,7 @@ class PeopleTable:
         source: str,
         *,
         text: str = "text",
-        label: str = "label",
+        label: str | None = None,
         who: str = "user",
         task: str = "classification",
         split: str | None = None,
@@ -76,17 +75,18 @@ class PeopleTable:
         """Read and check a table.
 
         Args:
-            source: CSV, JSON Lines or Parquet file, or a dataset on the Hub.
+            source: CSV, JSON Lines or Parquet file, folder of a dataset, or dataset on the Hub.
             text: column of texts.
             label: column of labels: names or whole numbers; numbers for regression; for multi-label a list, or names
-                between ``|``.
+                between ``|``; for a language model the text that completes ``text``. None: ``"label"``, or for a
+                language model no column: it learns ``text`` itself.
             who: column of people: names or whole numbers.
             task: what is learnt.
             split: column that says which rows are for ``train``, ``validation`` and ``test``. None: the oldest 70 % of
                 a person's rows are for training, the next 10 % for validation and the newest for the test.
             time: column of numbers or sortable strings, such as ISO dates, by which a person's rows are ordered. None:
                 their order in the table.
-            hub_split: split of a Hub dataset.
+            hub_split: split of a dataset.
 
         Raises:
             ConfigError: an unknown task.
@@ -96,17 +96,22 @@ class PeopleTable:
         if task not in TASKS:
             raise ConfigError(f"task={task!r} is unknown. Expected one of: {', '.join(TASKS)}.")
         optional = [name for name in (split, time) if name is not None]
-        columns = read_columns(source, [text, label, who, *optional], hub_split)
-        problems = _Problems(f"'{source}'")
+        if label is None and task != CAUSAL_LM:
+            label = "label"
+        labelled = [] if label is None else [label]
+        columns = read_columns(source, [text, who, *labelled, *optional], hub_split)
+        problems = CellProblems(f"'{source}'")
         texts = [problems.text(number, text, cell) for number, cell in _numbered(columns[text])]
         people = [problems.person(number, who, cell) for number, cell in _numbered(columns[who])]
-        raw = [_label(problems, task, number, label, cell) for number, cell in _numbered(columns[label])]
+        raw: list[Any] = [""] * len(texts)
+        if label is not None:
+            raw = [label_in(problems, task, number, label, cell) for number, cell in _numbered(columns[label])]
         parts = [problems.part(number, split, cell) for number, cell in _numbered(columns[split])] if split else None
         if time is not None:
             for number, cell in _numbered(columns[time]):
                 problems.time(number, time, cell, columns[time][0])
         problems.raise_any()
-        names = _label_names(task, raw, label)
+        names = () if label is None or task == CAUSAL_LM else _label_names(task, raw, label)
         numbers = {name: number for number, name in enumerate(names)}
         found = [
             Example(one, _number(task, value, numbers), person)
@@ -132,12 +137,12 @@ def of_person(name: str, examples: Sequence[tuple[str, object]], head: Classifie
         FileFormatError: a text or label that is unusable, named by its number.
     """
     task = {problem: task for task, problem in PROBLEMS.items()}.get(head.problem_type or "", "classification")
-    problems = _Problems(f"The list of examples of {name!r:.60}")
+    problems = CellProblems(f"The list of examples of {name!r:.60}")
     numbers = {label: number for number, label in enumerate(head.labels)}
     found = []
     for row, (text, label) in enumerate(examples, 1):
         problems.text(row, "text", text)
-        value = _label(problems, task, row, "label", label)
+        value = label_in(problems, task, row, "label", label)
         for each in value if task == "multi-label" else (value,) if task == "classification" else ():
             if each is not None and each not in numbers:
                 problems.add(row, "label", f"one of {', '.join(head.labels[:10])}", each)
@@ -148,90 +153,8 @@ def of_person(name: str, examples: Sequence[tuple[str, object]], head: Classifie
     return [(text, value if task == "regression" else numbers[value]) for text, value in found]
 
 
-class _Problems:
-    """Cells that are wrong, the first ones with their place."""
-
-    def __init__(self, source: str) -> None:
-        self.source, self.found, self.count = source, list[str](), 0
-
-    def add(self, row: int, column: str, expected: str, cell: object) -> None:
-        self.count += 1
-        if len(self.found) < _SHOWN:
-            shown = "nothing" if cell is None else f"{cell!r:.60}"
-            self.found.append(f"row {row}, column '{column}': expected {expected}, found {shown}")
-
-    def raise_any(self) -> None:
-        if self.count:
-            more = f"; and {self.count - len(self.found):,} more" if self.count > len(self.found) else ""
-            raise FileFormatError(
-                f"{self.source} has {self.count:,} unusable cell{'s' if self.count > 1 else ''}: "
-                f"{'; '.join(self.found)}{more}. Fill in or remove these rows; row 1 is the first below a header."
-            )
-
-    def text(self, row: int, column: str, cell: object) -> str:
-        if isinstance(cell, str) and cell.strip():
-            return cell
-        self.add(row, column, "a text", cell)
-        return ""
-
-    def person(self, row: int, column: str, cell: object) -> str:
-        name = str(cell) if isinstance(cell, int) and not isinstance(cell, bool) else cell
-        try:
-            check_name(name)
-        except ConfigError:
-            long = "a name of 1 to 1,024 bytes other than '__base__'"
-            self.add(row, column, long if isinstance(name, str) else "a name or a whole number", cell)
-            return ""
-        return str(name)
-
-    def part(self, row: int, column: str, cell: object) -> str:
-        name = cell.strip().lower() if isinstance(cell, str) else cell
-        name = _SYNONYMS.get(name, name) if isinstance(name, str) else name
-        if name not in PARTS:
-            self.add(row, column, "train, validation or test", cell)
-        return str(name)
-
-    def time(self, row: int, column: str, cell: object, first: object) -> None:
-        number = (int, float)
-        alike = isinstance(cell, number) and isinstance(first, number)
-        if not (alike or (type(cell) is type(first) and cell is not None)):
-            self.add(row, column, f"a time like that of row 1 ({first!r:.40})", cell)
-
-
 def _numbered(cells: Iterable[Any]) -> Iterable[tuple[int, Any]]:
     return enumerate(cells, 1)
-
-
-def _label(problems: _Problems, task: str, row: int, column: str, cell: object) -> Any:
-    """A label as the task has it: a name, a number, or a tuple of names."""
-    if task == "regression":
-        try:
-            value = math.nan if isinstance(cell, bool) else float(cell)  # type: ignore[arg-type]
-        except (TypeError, ValueError):
-            value = math.nan
-        if not math.isfinite(value):
-            problems.add(row, column, "a finite number", cell)
-        return value
-    if task == "multi-label":
-        cells = cell.split("|") if isinstance(cell, str) else cell
-        if cell is None:
-            return ()
-        if isinstance(cells, list) and all(_name(each) is not None for each in cells):
-            return tuple(str(_name(each)) for each in cells)
-        problems.add(row, column, "a list of labels, or labels between '|'", cell)
-        return ()
-    name = _name(cell)
-    if name is None:
-        problems.add(row, column, "a label (a string or a whole number)", cell)
-    return name
-
-
-def _name(cell: object) -> str | None:
-    if isinstance(cell, float) and cell.is_integer():
-        return str(int(cell))
-    if isinstance(cell, bool | int):
-        return str(cell)
-    return cell.strip() if isinstance(cell, str) and cell.strip() else None
 
 
 def _label_names(task: str, raw: Sequence[Any], column: str) -> tuple[str, ...]:
@@ -248,7 +171,9 @@ def _label_names(task: str, raw: Sequence[Any], column: str) -> tuple[str, ...]:
         return tuple(sorted(names))
 
 
-def _number(task: str, value: Any, numbers: dict[str, int]) -> int | float | tuple[int, ...]:
+def _number(task: str, value: Any, numbers: dict[str, int]) -> int | float | str | tuple[int, ...]:
+    if task == CAUSAL_LM:
+        return str(value)
     if task == "regression":
         return float(value)
     if task == "multi-label":

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_xmask.people.personalize import Personalized, PersonalizeSettings, personalize
+from peft_xmask.people.personalize import Personalized, personalize
+from peft_xmask.people.settings import PersonalizeSettings
 from peft_xmask.people.table import PeopleTable
 
 PEOPLE = ("ann", "bob", "cid", "dora")

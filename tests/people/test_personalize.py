@@ -6,8 +6,9 @@ import pytest
 
 from peft_xmask import ProfileBank
 from peft_xmask.errors import ConfigError
-from peft_xmask.people.personalize import PersonalizeSettings, personalize
+from peft_xmask.people.personalize import personalize
 from peft_xmask.people.predictor import Predictor
+from peft_xmask.people.settings import PersonalizeSettings
 
 TEXT = "western number 3"
 

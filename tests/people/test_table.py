@@ -93,3 +93,31 @@ def test_what_nothing_can_be_learnt_from_is_refused(tmp_path):
         PeopleTable.read(one, task="ranking")
     with pytest.raises(FileFormatError, match="Expected a column 'who'"):
         PeopleTable.read(one, who="who")
+
+
+def test_a_dataset_in_a_folder_is_read_too(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(GOOD)
+    table.save_to_disk(str(tmp_path / "saved"))
+    datasets.DatasetDict(train=table, extra=table.select(range(4))).save_to_disk(str(tmp_path / "splits"))
+    (tmp_path / "files").mkdir()
+    write(tmp_path / "files" / "train.jsonl", GOOD)
+    for name in ("saved", "splits", "files"):
+        read = PeopleTable.read(str(tmp_path / name))
+        assert [example.text for example in read.parts["test"]] == ["text 8", "text 9", "text 18", "text 19"]
+    assert len(read_columns(str(tmp_path / "splits"), ["text"], "extra")["text"]) == 4
+    with pytest.raises(ConfigError, match="the splits train, extra"):
+        PeopleTable.read(str(tmp_path / "splits"), hub_split="test")
+    with pytest.raises(ConfigError, match=r"'nobody/such-a-dataset'.*could not be read"):
+        PeopleTable.read("nobody/such-a-dataset")
+
+
+def test_texts_for_a_language_model(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{**row, "reply": f"reply to {row['text']}"} for row in GOOD])
+    texts = PeopleTable.read(path, task="causal-lm")
+    assert (texts.labels, {example.label for example in texts.parts["train"]}) == ((), {""})
+    replies = PeopleTable.read(path, task="causal-lm", label="reply")
+    assert replies.parts["train"][0].label == "reply to text 0"
+    broken = [{**row, "reply": "" if n == 4 else "r"} for n, row in enumerate(GOOD)]
+    with pytest.raises(FileFormatError, match="row 5, column 'reply': expected a text, found ''"):
+        PeopleTable.read(write(tmp_path / "b.jsonl", broken), task="causal-lm", label="reply")

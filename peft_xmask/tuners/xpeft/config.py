@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import InitVar, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ...core.adapter import AdapterForm
 from ...core.files import dtype_from_name
-from ...core.hub import shown_name
+from ...core.hub import HubPath, shown_name
 from ...core.masks import ESTIMATORS, MASK_WEIGHTINGS
 from ...errors import ConfigError
 from ...pool import AdapterPool
+from ...pool.beside import located
 from ..base.config import CardPool, require_choice, require_number, require_positive
 from ..base.peft_private import peft_type
 from ..sites.config import SiteConfig
@@ -143,6 +145,20 @@ class XPEFTConfig(SiteConfig):
             self.mask_weighting = former
         self.mask_weighting = FORMER_WEIGHTINGS.get(self.mask_weighting or "", self.mask_weighting)
         self.estimator = FORMER_ESTIMATORS.get(self.estimator, self.estimator)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> XPEFTConfig:
+        """The config in a folder or Hub repository, as PEFT reads it; a pool beside it is found there."""
+        where = pretrained_model_name_or_path
+        config: XPEFTConfig = super().from_pretrained(where, subfolder=subfolder, **kwargs)
+        if Path(where).is_dir():
+            config.pool = located(config.pool, os.path.join(where, subfolder or ""))
+        elif located(config.pool, "") != config.pool:
+            assert isinstance(config.pool, str)
+            config.pool = HubPath.parse(where, kwargs.get("revision"), subfolder).name + config.pool[1:]
+        return config
 
     def resolve_pool(self) -> AdapterPool:
         """The pool of this config, loaded if it is named by folder or id. Fields that depend on it are filled in."""
