@@ -31,19 +31,23 @@ from .tuners.xpeft import XPEFTConfig
 if TYPE_CHECKING:
     from .bank.difference import compare_banks
     from .bank.verification import verify_bank
+    from .training.fit_pool import FittedPool, fit_pool
     from .training.learn import Learner, ProfileLearning, learn_profile
+    from .training.pool_settings import PoolFitting
     from .training.settings import ProfileTraining
     from .training.train import train_profiles
 
 __all__ = [
     "AdapterPool",
     "BottleneckConfig",
+    "FittedPool",
     "Learner",
     "LiveBank",
     "MagnitudeMaskConfig",
     "MeanPooledClassifier",
     "PeftXMaskError",
     "PeftXMaskWarning",
+    "PoolFitting",
     "PooledClassifierConfig",
     "Profile",
     "ProfileBank",
@@ -59,6 +63,7 @@ __all__ = [
     "compare_banks",
     "export_lora",
     "export_sparse_delta",
+    "fit_pool",
     "fold",
     "learn_profile",
     "profile_size",
@@ -67,10 +72,13 @@ __all__ = [
 ]
 
 _LAZY = {
+    "FittedPool": ".training.fit_pool",
     "Learner": ".training.learn",
+    "PoolFitting": ".training.pool_settings",
     "ProfileLearning": ".training.learn",
     "ProfileTraining": ".training.settings",
     "compare_banks": ".bank.difference",
+    "fit_pool": ".training.fit_pool",
     "learn_profile": ".training.learn",
     "train_profiles": ".training.train",
     "verify_bank": ".bank.verification",

@@ -101,6 +101,8 @@ def describe_pool(folder: Path) -> dict[str, Any]:
     from ..pool import AdapterPool
 
     pool = AdapterPool.from_pretrained(str(folder))
+    found: dict[str, Any] = {} if pool.common is None else {"common": pool.common.source}
+    found |= {} if pool.fitting is None else {"fitting": dict(pool.fitting.facts)}
     return {
         "kind": f"{pool.kind} pool",
         "path": str(folder),
@@ -111,6 +113,7 @@ def describe_pool(folder: Path) -> dict[str, Any]:
         "dtype": str(pool.dtype).removeprefix("torch."),
         "fingerprint": pool.fingerprint,
         "nbytes": pool.nbytes,
+        **found,
     }
 
 

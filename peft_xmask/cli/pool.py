@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .console import bytes_text, new_folder, output, print_facts, print_json, progress_bar
+from .pool_fit import fit
 
 if TYPE_CHECKING:
     from ..pool import AdapterPool
 
 app = typer.Typer(help="Make and look at adapter pools.", no_args_is_help=True)
+app.command()(fit)
 
 Out = Annotated[Path, typer.Option(help="Folder to write the pool to.")]
 Adapters = Annotated[list[str], typer.Argument(help="Adapter folders or Hub ids.")]
@@ -68,13 +70,20 @@ def inspect(
     if as_json:
         print_json(facts)
     else:
+        fitting = facts.pop("fitting", None)
         print_facts({**facts, "nbytes": bytes_text(facts["nbytes"])})
+        if fitting:
+            print_facts({name.replace("_", " "): value for name, value in fitting.items()}, title="fitted to")
 
 
 def _save(pool: AdapterPool, out: Path) -> None:
     from ..pool.storage import JSON_FILE
 
-    folder = new_folder(out, JSON_FILE)
+    save(pool, new_folder(out, JSON_FILE))
+
+
+def save(pool: AdapterPool, folder: Path) -> None:
+    """Write a pool to a folder that was made for it, and say what it is."""
     with progress_bar("writing the pool"):
         pool.save_pretrained(folder)
     print_facts(

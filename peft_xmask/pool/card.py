@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from ..core.files import dtype_name
 from .common import CommonPart
+from .directions import Fitting
 from .random import RandomAdapters
 from .trained import TrainedAdapters
 
 _LISTED = 50
 
 
-def model_card(adapters: RandomAdapters | TrainedAdapters, common: CommonPart | None = None) -> str:
+def model_card(
+    adapters: RandomAdapters | TrainedAdapters, common: CommonPart | None = None, fitting: Fitting | None = None
+) -> str:
     """Markdown: how to use the pool, what it is, where its adapters come from."""
     own = adapters.fingerprint
     facts = [
@@ -30,7 +33,12 @@ def model_card(adapters: RandomAdapters | TrainedAdapters, common: CommonPart | 
     else:
         facts += [("sites", str(len(adapters.sites))), ("insertion form", adapters.insertion_form)]
         facts += [("activation", adapters.activation), ("layer norm", str(adapters.layer_norm).lower())]
-        extra = ["## Sources", "", *_listed(adapters.sources), "", "## Sites", "", *_listed(adapters.target_modules)]
+        extra = ["## Sites", "", *_listed(adapters.target_modules)]
+        if fitting is None:
+            extra = ["## Sources", "", *_listed(adapters.sources), "", *extra]
+        else:
+            told = [f"| {name.replace('_', ' ')} | {_shown(value)} |" for name, value in fitting.facts.items()]
+            extra = ["## Fitted to", "", "| | |", "| --- | --- |", *told, "", *extra]
     lines = [
         "---",
         "library_name: peft",
@@ -59,6 +67,11 @@ def model_card(adapters: RandomAdapters | TrainedAdapters, common: CommonPart | 
         *extra,
     ]
     return "\n".join(lines) + "\n"
+
+
+def _shown(value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def _listed(names: tuple[str, ...] | list[str]) -> list[str]:

@@ -2,9 +2,10 @@
 
 There are two ways to put them together, and a pool says which:
 
-- **Inside** the pair, for deviations from the common adapter itself (a centred pool): ``A = A_0 + sum m_A[i] A_i``,
-  ``B = B_0 + g sum m_B[i] B_i``, then ``y + B act(A y)``. The cross terms ``B_0 A_i`` and ``B_i A_0`` are what makes a
-  mask move the common adapter a little; without them a small deviation would be a product of two small numbers.
+- **Inside** the pair, for deviations from the common adapter itself (a centred or fitted pool):
+  ``A = A_0 + g sum m_A[i] A_i``, ``B = B_0 + g sum m_B[i] B_i``, then ``y + B act(A y)``. The cross terms ``B_0 A_i``
+  and ``B_i A_0`` are what makes a mask move the common adapter a little; without them a small deviation would be a
+  product of two small numbers. The gain g multiplies both sums, so that a gain of 0 is the common adapter.
 - **Beside** the mix, for directions that have nothing to do with it (a random pool, another width):
   ``y + B_0 act(A_0 y) + g (sum m_B[i] B_i) act((sum m_A[i] A_i) y)``. Each side has its own bottleneck. Since ``act``
   works on each number alone, this is one adapter whose bottleneck is both, one after the other.
@@ -93,8 +94,8 @@ def centre(adapters: TrainedAdapters) -> tuple[TrainedAdapters, CommonPart]:
             **{part: (tensor.float() - parts[part]).to(adapters.dtype) for part, tensor in site.parts()}
         )
     count = adapters.num_adapters
-    directions = _remade(adapters, deviations, adapters.sources, mask_weighting="signed")
-    common = _remade(adapters, means, (f"mean of {count} adapters",))
+    directions = remade(adapters, deviations, adapters.sources, mask_weighting="signed")
+    common = remade(adapters, means, (f"mean of {count} adapters",))
     return directions, CommonPart(common, inside=True)
 
 
@@ -102,9 +103,10 @@ class _Unique:
     """Equal only to itself: the identity of tensors created in this process."""
 
 
-def _remade(
+def remade(
     like: TrainedAdapters, sites: dict[str, SiteTensors], sources: tuple[str, ...], mask_weighting: str = "mean"
 ) -> TrainedAdapters:
+    """Adapters of the same form with other tensors."""
     norms = tuple(norm_of([tensor]) for site in sites.values() for _, tensor in site.parts())
     return replace(like, sites=sites, sources=sources, norms=norms, identity=_Unique(), mask_weighting=mask_weighting)
 

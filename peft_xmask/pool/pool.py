@@ -19,6 +19,7 @@ from ..errors import ConfigError
 from . import bottleneck, lora, storage
 from .common import CommonPart, beside
 from .common import centre as centre_adapters
+from .directions import Fitting
 from .random import RandomAdapters
 from .slice import PoolSlice
 from .trained import TrainedAdapter, TrainedAdapters, stack
@@ -29,7 +30,7 @@ PathLike = str | os.PathLike[str]
 class AdapterPool:
     """N frozen adapters per site, shared by every profile.
 
-    Create one with :meth:`random`, :meth:`from_lora`, :meth:`from_bottleneck` or :meth:`from_pretrained`. A pool never
+    Create one with :meth:`random`, :meth:`fit`, :meth:`from_adapters` or :meth:`from_pretrained`. A pool never
     changes: copying returns the pool itself, and two pools are equal if their fingerprints are. Only ``name_or_path``
     is set anew, by :meth:`save_pretrained` and :meth:`push_to_hub`.
     """
@@ -39,10 +40,12 @@ class AdapterPool:
         adapters: RandomAdapters | TrainedAdapters,
         name_or_path: str | None = None,
         common: CommonPart | None = None,
+        fitting: Fitting | None = None,
     ) -> None:
         self._adapters = adapters
         self._name_or_path = name_or_path
         self._common = common
+        self._fitting = fitting
 
     @classmethod
     def random(
@@ -151,6 +154,26 @@ class AdapterPool:
         pool = make(adapters, dtype=dtype, revision=revision, token=token, cache_dir=cache_dir)
         return pool.centred() if centre else pool
 
+    @classmethod
+    def fit(cls, model: nn.Module, dataset: Any, *, profile_column: str = "user", **settings: Any) -> AdapterPool:
+        """Fit a pool to the people or tasks of a dataset: what they share, and the directions in which they differ.
+
+        The pool of :func:`peft_xmask.fit_pool`, which also returns the head that was trained with it.
+
+        Args:
+            model: a base, with the head of the data's labels. It is not modified.
+            dataset: tokenised examples with labels and a column of names of people or tasks.
+            profile_column: that column.
+            settings: ``validation``, ``resume``, ``progress`` and the fields of :class:`peft_xmask.PoolFitting`, such
+                as ``size`` and ``args``.
+
+        Raises:
+            ConfigError: see :func:`peft_xmask.fit_pool`.
+        """
+        from ..training.fit_pool import fit_pool  # the one import that points up: making a pool needs the Trainer
+
+        return fit_pool(model, dataset, profile_column=profile_column, **settings).pool
+
     def centred(self) -> AdapterPool:
         """This pool with the mean of its adapters as the common part, and their deviations from it as directions.
 
@@ -198,7 +221,7 @@ class AdapterPool:
         if self._common is not None:
             raise ConfigError(f"The pool has a common part already, '{self._common.source}'. Start from one without.")
         if isinstance(adapter, nn.Module):
-            read = _read_model(adapter, adapter_name)
+            read = read_model(adapter, adapter_name)
         else:
             read = _read_adapter(find_folder(adapter, FILENAMES_OF_ADAPTERS, HubOptions(revision, token, cache_dir)))
         return AdapterPool(self._adapters, common=beside(self._adapters, read))
@@ -232,8 +255,8 @@ class AdapterPool:
         hub = HubOptions(revision, token, cache_dir)
         folder = find_folder(pool_id, storage.FILENAMES, hub, subfolder)
         name = str(Path(pool_id) / (subfolder or "")) if Path(pool_id).is_dir() else folder.name
-        adapters, common = storage.read_pool(folder, _checked(dtype))
-        return cls(adapters, name, common)
+        adapters, common, fitting = storage.read_pool(folder, _checked(dtype))
+        return cls(adapters, name, common, fitting)
 
     def save_pretrained(self, save_directory: PathLike) -> None:
         """Write the pool to a folder: ``pool.json``, a model card and, unless it is a seed alone, ``pool.safetensors``.
@@ -241,7 +264,7 @@ class AdapterPool:
         Raises:
             ConfigError: ``save_directory`` is a file.
         """
-        storage.write_pool(Path(save_directory), self._adapters, self._common)
+        storage.write_pool(Path(save_directory), self._adapters, self._common, self._fitting)
         self._name_or_path = os.fspath(save_directory)
 
     def push_to_hub(
@@ -271,6 +294,7 @@ class AdapterPool:
         address, self._name_or_path = storage.upload_pool(
             self._adapters,
             self._common,
+            self._fitting,
             repo_id,
             private=private,
             token=token,
@@ -317,6 +341,11 @@ class AdapterPool:
     def common(self) -> CommonPart | None:
         """The always-on adapter; None if there is none."""
         return self._common
+
+    @property
+    def fitting(self) -> Fitting | None:
+        """What the pool was fitted to, and the prior of masks over it; None for other pools."""
+        return self._fitting
 
     @property
     def fingerprint(self) -> str:
@@ -406,7 +435,7 @@ def _read_adapter(folder: Folder) -> TrainedAdapter:
     return lora.read_lora(folder) if is_lora else bottleneck.read_bottleneck(folder)
 
 
-def _read_model(model: nn.Module, adapter_name: str) -> TrainedAdapter:
+def read_model(model: nn.Module, adapter_name: str) -> TrainedAdapter:
     """An adapter of a PEFT model, as it would be saved."""
     if adapter_name not in getattr(model, "peft_config", {}):
         raise ConfigError(

@@ -6,7 +6,9 @@
 ``sources``, ``norms`` (of each tensor when the pool was made, in the order of the sites), and of the tensor file
 ``file_bytes`` and ``file_sha256``. No other fields. Format version 2 adds ``common``: an object with ``inside``,
 ``source`` and, of the always-on adapter, ``kind``, ``bottleneck_size``, ``insertion_form``, ``activation``,
-``layer_norm``, ``sites`` and ``norms``. Its tensors are in the same file, with ``common/`` before their names.
+``layer_norm``, ``sites`` and ``norms``. Its tensors are in the same file, with ``common/`` before their names. Format
+version 3, of fitted pools, adds ``fitting``, an object that says on what the pool was grown, and a float32 tensor
+``prior/coefficients [N, K]`` (:class:`~peft_xmask.pool.directions.Fitting`), with K in ``fitting["principal"]``.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from ..core.hub import Folder, upload
 from ..errors import ConfigError, FileFormatError, PoolMismatchError
 from .card import model_card
 from .common import CommonPart
+from .directions import Fitting
 from .random import RandomAdapters
 from .slice import hold
 from .trained import PARTS, SiteTensors, TrainedAdapters
@@ -34,12 +37,13 @@ JSON_FILE = "pool.json"
 TENSOR_FILE = "pool.safetensors"
 COMMON = "common/"
 """Begins the names of a common part's tensors. No module is called so: names of modules have no slash."""
+COEFFICIENTS = "prior/coefficients"
 CARD_FILE = "README.md"
 FILENAMES = (JSON_FILE, TENSOR_FILE)
 
 FORMAT = "peft_xmask.pool"
-FORMAT_VERSIONS = (1, 2)
-"""2: with a common part."""
+FORMAT_VERSIONS = (1, 2, 3)
+"""2: with a common part; 3: with one, and fitted."""
 
 _Check = tuple[Callable[[Any], bool], str]
 _COUNT: _Check = (lambda x: type(x) is int and x >= 1, "a whole number of at least 1")
@@ -78,6 +82,8 @@ _TRAINED: Mapping[str, _Check] = {
     "file_sha256": (lambda x: isinstance(x, str) and len(x) == 64, "64 hexadecimal digits"),
 }
 _FILE = ("file_bytes", "file_sha256")
+_OBJECT: _Check = (lambda x: isinstance(x, dict), "an object")
+_FITTING: _Check = (lambda x: isinstance(x, dict) and _COUNT[0](x.get("principal")), "an object with principal >= 1")
 _PART: Mapping[str, _Check] = {
     "inside": _FLAG,
     **{
@@ -91,13 +97,19 @@ _PART: Mapping[str, _Check] = {
 
 def _checks_of(facts: Mapping[str, Any]) -> Mapping[str, _Check]:
     checks = _RANDOM if facts.get("kind") == "random" else _TRAINED
-    if facts.get("format_version") != 2:
+    version = facts.get("format_version")
+    if version not in (2, 3):
         return checks
-    common: _Check = (lambda x: isinstance(x, dict), "an object")
-    return {**checks, **{name: _TRAINED[name] for name in _FILE}, "common": common}
+    added = {name: _TRAINED[name] for name in _FILE} | {"common": _OBJECT}
+    return {**checks, **added, **({"fitting": _FITTING} if version == 3 else {})}
 
 
-def write_pool(folder: Path, adapters: RandomAdapters | TrainedAdapters, common: CommonPart | None = None) -> None:
+def write_pool(
+    folder: Path,
+    adapters: RandomAdapters | TrainedAdapters,
+    common: CommonPart | None = None,
+    fitting: Fitting | None = None,
+) -> None:
     """Write a pool. Each file is replaced as a whole, ``pool.json`` last; readers reject a mixture of two pools.
 
     Raises:
@@ -107,7 +119,7 @@ def write_pool(folder: Path, adapters: RandomAdapters | TrainedAdapters, common:
         raise ConfigError(f"Expected a directory to save the pool in, found a file: '{folder}'.")
     facts: dict[str, object] = {
         "format": FORMAT,
-        "format_version": 1 if common is None else 2,
+        "format_version": 1 if common is None else 2 if fitting is None else 3,
         "kind": adapters.kind,
         "num_adapters": adapters.num_adapters,
         "bottleneck_size": adapters.bottleneck_size,
@@ -126,10 +138,13 @@ def write_pool(folder: Path, adapters: RandomAdapters | TrainedAdapters, common:
         part = {"inside": common.inside, "kind": common.adapter.kind, "source": common.source}
         part["bottleneck_size"] = common.adapter.bottleneck_size
         facts["common"] = {**part, **_trained_facts(common.adapter)}
+    if fitting is not None:
+        tensors[COEFFICIENTS] = fitting.coefficients
+        facts["fitting"] = dict(fitting.facts)
     if tensors:
         write_tensors(tensor_file, tensors)
         facts.update(file_bytes=tensor_file.stat().st_size, file_sha256=sha256_of_file(tensor_file))
-    write_text(folder / CARD_FILE, model_card(adapters, common))
+    write_text(folder / CARD_FILE, model_card(adapters, common, fitting))
     write_text(folder / JSON_FILE, json.dumps(facts, indent=1) + "\n")
     if not tensors:
         tensor_file.unlink(missing_ok=True)
@@ -153,8 +168,10 @@ def _trained_facts(adapters: TrainedAdapters) -> dict[str, object]:
     }
 
 
-def read_pool(folder: Folder, dtype: torch.dtype | None) -> tuple[RandomAdapters | TrainedAdapters, CommonPart | None]:
-    """Read a pool and its common part, and check all of it.
+def read_pool(
+    folder: Folder, dtype: torch.dtype | None
+) -> tuple[RandomAdapters | TrainedAdapters, CommonPart | None, Fitting | None]:
+    """Read a pool, its common part and how it was fitted, and check all of it.
 
     Args:
         folder: the pool's folder.
@@ -167,15 +184,16 @@ def read_pool(folder: Folder, dtype: torch.dtype | None) -> tuple[RandomAdapters
     facts = folder.read_json(JSON_FILE)
     where = folder.path / JSON_FILE
     _check_fields(where, facts, _checks_of(facts))
-    if facts["format_version"] == 2:
+    if "common" in facts:
         _check_fields(where, facts["common"], _PART)
         _check_inside(where, facts)
     stored = dtype_from_name(facts["dtype"])
     wanted = dtype or stored
     tensors = {} if "file_bytes" not in facts else _read_checked(folder.path / TENSOR_FILE, where, facts, stored)
+    coefficients = tensors.pop(COEFFICIENTS, None)
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(COMMON)}
     common = None
-    if facts["format_version"] == 2:
+    if "common" in facts:
         of_common = _as_pool(facts)
         there = {name.removeprefix(COMMON): tensor for name, tensor in tensors.items() if name not in own}
         recorded = _assembled(where, of_common, there, facts["fingerprint"])
@@ -189,7 +207,11 @@ def read_pool(folder: Folder, dtype: torch.dtype | None) -> tuple[RandomAdapters
         found = _assembled(where, facts, own, facts["fingerprint"]).fingerprint
         made = _held(facts, own, wanted)
     _check_fingerprint(where, facts["fingerprint"], found if common is None else fingerprint_of(found))
-    return made, common
+    if coefficients is None:
+        return made, common, None
+    if not coefficients.isfinite().all():
+        raise FileFormatError(f"Expected finite numbers in '{COEFFICIENTS}' of '{folder.path / TENSOR_FILE}'.")
+    return made, common, Fitting(facts["fitting"], coefficients)
 
 
 def _check_inside(where: Path, facts: Mapping[str, Any]) -> None:
@@ -286,6 +308,8 @@ def _expected_forms(facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, t
     if "common" in facts:
         of_common = _forms_of({**facts["common"], "num_adapters": 1}, dtype)
         forms.update({f"{COMMON}{name}": form for name, form in of_common.items()})
+    if "fitting" in facts:
+        forms[COEFFICIENTS] = ((facts["num_adapters"], facts["fitting"]["principal"]), torch.float32)
     return forms
 
 
@@ -338,6 +362,7 @@ def stored_bytes(facts: Mapping[str, Any]) -> int:
 def upload_pool(
     adapters: RandomAdapters | TrainedAdapters,
     common: CommonPart | None,
+    fitting: Fitting | None,
     repo_id: str,
     *,
     private: bool | None,
@@ -353,7 +378,7 @@ def upload_pool(
     own = adapters.fingerprint
     fingerprint = own if common is None else common.fingerprint_around(own)
     return upload(
-        lambda folder: write_pool(folder, adapters, common),
+        lambda folder: write_pool(folder, adapters, common, fitting),
         repo_id,
         what="pool",
         filenames=FILENAMES,

@@ -15,7 +15,7 @@ from ..errors import ConfigError
 
 Example = Mapping[str, Any]
 Collator = Callable[[list[dict[str, Any]]], Any]
-_LABELS = ("label", "label_ids", "labels")
+LABELS = ("label", "label_ids", "labels")
 
 
 class ProfileCollator:
@@ -118,4 +118,4 @@ def forward_columns(model: nn.Module) -> frozenset[str]:
     """Columns that a model's forward names, and those of labels: what the Trainer would keep."""
     unwrapped: Any = model
     inner = unwrapped.get_base_model() if hasattr(model, "get_base_model") else unwrapped
-    return frozenset([*inspect.signature(inner.forward).parameters, *_LABELS])
+    return frozenset([*inspect.signature(inner.forward).parameters, *LABELS])

@@ -24,7 +24,7 @@ from . import distributed as ranks
 from .checkpoints import difference
 from .collator import forward_columns
 from .data import ProfileData
-from .evaluation import example_losses
+from .evaluation import ExampleLoss, example_losses
 from .settings import ProfileTraining
 from .trainer import BarCallback
 from .twin import sharing_weights
@@ -86,11 +86,12 @@ def _trained(
     adapter = BottleneckConfig(bottleneck_size=settings.common_size, use_bias=False, **fields)
     adapter.settle_form(config.form)
     adapted = get_peft_model(base, adapter)
-    collator = _WithoutProfiles(settings.data_collator, forward_columns(adapted) - {data.column})
+    collator = WithoutProfiles(settings.data_collator, forward_columns(adapted) - {data.column})
     args = copy.copy(settings.trainer)
     args.num_train_epochs, args.save_strategy = settings.common_epochs, "no"  # type: ignore[assignment]
     args.learning_rate = settings.common_learning_rate
-    best = _BestEpoch(adapted, data.validation, collator, settings)
+    size = settings.trainer.per_device_eval_batch_size
+    best = BestEpoch(adapted, data.validation, collator, settings.example_loss, size)
     callbacks: list[TrainerCallback] = [best, *([BarCallback("common part")] if progress else [])]
     trainer = Trainer(adapted, args, train_dataset=data.dataset, data_collator=collator, callbacks=callbacks)
     for printing in (PrinterCallback, ProgressCallback):
@@ -100,30 +101,47 @@ def _trained(
     return adapted
 
 
-class _WithoutProfiles:
+class WithoutProfiles:
     """A collator that drops the columns which the model does not take, that of the profiles among them."""
 
     def __init__(self, collator: Any, columns: Iterable[str]) -> None:
         self.collator, self.columns = collator, frozenset(columns)
 
     def __call__(self, examples: list[dict[str, Any]]) -> Any:
+        """The inner collator's batch of the columns that are left."""
         return self.collator([{key: each[key] for key in each if key in self.columns} for each in examples])
 
 
-class _BestEpoch(TrainerCallback):
-    """Keeps what was trained after the epoch with the smallest validation loss."""
+class BestEpoch(TrainerCallback):
+    """Keeps what was trained after the epoch with the smallest validation loss.
+
+    Args:
+        model: that is trained.
+        validation: examples; None: nothing is evaluated, and the last epoch stays.
+        collator: makes batches of them.
+        example_loss: see :class:`~peft_xmask.training.settings.ProfileTraining`.
+        size: examples in a batch.
+    """
 
     def __init__(
-        self, model: PeftModel, validation: Any, collator: Callable[[Any], Any], settings: ProfileTraining
+        self,
+        model: PeftModel,
+        validation: Any,
+        collator: Callable[[Any], Any],
+        example_loss: ExampleLoss | None,
+        size: int,
     ) -> None:
-        self.model, self.validation, self.collator = model, validation, collator
+        self.model, self.validation, self.collator, self.size = model, validation, collator, size
         causal = getattr(model.active_peft_config, "task_type", None) == "CAUSAL_LM"
-        self.loss = settings.example_loss or partial(example_losses, causal=causal)
-        self.size = settings.trainer.per_device_eval_batch_size
+        self.loss = example_loss or partial(example_losses, causal=causal)
         self.best: tuple[float, dict[str, Tensor]] | None = None
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate."""
+        self.evaluate()
+
+    def evaluate(self) -> None:
+        """Compare the mean validation loss with that of the best epoch, and keep what is trained if it is smaller."""
         if self.validation is None:
             return
         found, device = [], next(self.model.parameters()).device

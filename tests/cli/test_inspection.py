@@ -99,6 +99,28 @@ def test_a_random_pool_is_built_and_inspected(cli, tmp_path):
     assert cli("pool", "build", "--out", tmp_path / "none", "--num-adapters", 0).status == 2
 
 
+def test_a_pool_is_fitted_and_inspected(rows, minilm, cli, tmp_path):
+    """The chapters of docstrings play the tasks; one is held out."""
+    table = tmp_path / "rows.jsonl"
+    lines = [{"text": text, "label": str(len(text) > 60), "chapter": chapter} for text, chapter in rows]
+    table.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    pool, columns = tmp_path / "pool", ("--profile-column", "chapter", "--held-out", rows[0][1])
+    short = ("--size", 8, "--bottleneck-size", 4, "--layers", 1, "--epochs", 1, "--group-steps", 2, "--max-length", 16)
+    command = ("pool", "fit", "--base", minilm, "--data", table, "--out", pool, *columns, *short)
+    refused = cli(*command)
+    assert refused.status == 2
+    assert "Lower min_examples" in refused.err
+    done = cli(*command, "--min-examples", 8)
+    assert done.status == 0, done.err
+    assert not (tmp_path / "pool-run").exists()
+    facts = json.loads(cli("pool", "inspect", pool, "--json").out)
+    assert facts["fingerprint"] in done.out
+    assert facts["fitting"]["data"] == "rows.jsonl"
+    assert (facts["fitting"]["groups"], facts["fitting"]["held out"]) == (2, 1)
+    assert "held out" in cli("pool", "inspect", pool).out
+    assert cli(*command).status == 2
+
+
 @pytest.mark.parametrize(("command", "method"), [("from-lora", "lora"), ("from-bottleneck", "bottleneck")])
 def test_a_pool_of_trained_adapters_carries_a_profile(command, method, adapters, data, minilm, cli, tmp_path):
     pool = tmp_path / "pool"

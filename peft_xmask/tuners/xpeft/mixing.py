@@ -41,10 +41,16 @@ class RowMasks:
     gain: Tensor
 
     def at(self, site: PoolSite) -> AdapterPair:
-        """Mix the pool of one site for every row; the gain goes into the up-projection."""
+        """Mix the pool of one site for every row; the gain goes into the up-projection.
+
+        Around a common part inside the pair it goes into both projections: a gain of 0 is then the common part.
+        """
         pool = site.pool
+        gain = self.gain[:, site.index, None]
         down = self.mask[:, 0, site.index]
-        up = self.mask[:, 1, site.index] * self.gain[:, site.index, None]
+        up = self.mask[:, 1, site.index] * gain
+        if pool.common_inside:
+            down = down * gain
         pair = AdapterPair(
             down=mix(down, pool.down),
             up=mix(up, pool.up),
