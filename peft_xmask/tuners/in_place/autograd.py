@@ -19,6 +19,7 @@ from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 from ...errors import StaleGraphError
+from ..base.steps import count_steps, steps_taken
 from .flat_indices import FlatIndices
 from .sparse_gradients import DenseGradient, LinearWeightGradient, ParameterGradient
 
@@ -181,8 +182,15 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 def _note_trained(ctx: Any, trained: Sequence[Tensor]) -> None:
     """Remember what the gradients have to look like and, for changes that are not linear, what was trained."""
+    count_steps()
     ctx.forms = [(tensor.dtype, tensor.device) for tensor in trained]
-    ctx.seen = [tensor._version for change in ctx.changes if not change.linear for tensor in change.trained]
+    ctx.seen = _versions(ctx)
+
+
+def _versions(ctx: Any) -> list[int]:
+    """Versions of what was trained, and how many steps were taken: fused optimizers raise no version."""
+    versions = [tensor._version for change in ctx.changes if not change.linear for tensor in change.trained]
+    return [*versions, steps_taken()] if versions else []
 
 
 def _as_trained(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -190,8 +198,7 @@ def _as_trained(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _refuse_steps(ctx: Any) -> None:
-    now = [tensor._version for change in ctx.changes if not change.linear for tensor in change.trained]
-    if now != ctx.seen:
+    if _versions(ctx) != ctx.seen:
         raise StaleGraphError(
             "Expected an adapter as it was in the forward pass, but it has been changed since. Run backward before the "
             "optimizer's step."
