@@ -161,3 +161,16 @@ def test_the_trainer_compiles(tiny_bert, tmp_path):
     loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "adapter").eval()
     batch = {"input_ids": torch.stack([row["input_ids"] for row in rows[:4]])}
     assert torch.equal(logits(model.eval(), batch), logits(loaded, batch))
+
+
+def test_nobody_can_be_chosen_of_an_adapter_with_one_profile(tiny_bert, tiny_batch):
+    """Its graph may leave the choice out only until there is one."""
+    model = get_peft_model(tiny_bert(), xpeft(scale=100.0)).eval()
+    run = compiled(model)
+    first = logits(run, tiny_batch)
+    torch.testing.assert_close(first, logits(model, tiny_batch))
+    for row in (-1, 0):
+        model.set_profile(row)
+        torch.testing.assert_close(logits(run, tiny_batch), logits(model, tiny_batch))
+    model.set_profile(-1)
+    assert not torch.allclose(logits(run, tiny_batch), first, atol=1e-3, rtol=0.0)

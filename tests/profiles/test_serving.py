@@ -8,6 +8,7 @@ from peft import get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from peft_xmask import XPEFTConfig
+from peft_xmask.core.packing import pack_halves
 from peft_xmask.errors import BaseMismatchError, ConfigError
 from peft_xmask.profiles import ProfileBank
 
@@ -66,6 +67,59 @@ def test_some_examples_may_have_none(saved, expected, tiny_bert, tiny_batch):
     together = logits(served, tiny_batch, adapter_names=names)
     torch.testing.assert_close(together, torch.stack([expected[name][i] for i, name in enumerate(names)]))
     assert torch.equal(together, logits(served, tiny_batch, adapter_names=[0, -1, 1, -1]))
+
+
+def test_nobody_is_answered_alike_at_every_door(many_profiles, tiny_bert, tiny_batch):
+    """The base with the head that the profiles share, which is not the base's own."""
+    trained = many_profiles()
+    with torch.no_grad():
+        head = next(each for name, each in trained.named_parameters() if "classifier.modules_to_save" in name)
+        head.normal_(generator=torch.Generator().manual_seed(7))
+    served = ProfileBank.from_model(trained, ["ann", "bob", "cy", "dee", "eve"]).attach(tiny_bert())
+    by_row = logits(served, tiny_batch, adapter_names=torch.tensor([-1, -1, -1, -1]))
+    assert torch.equal(logits(served, tiny_batch, adapter_names=["__base__"] * 4), by_row)
+    torch.testing.assert_close(logits(served, tiny_batch, adapter_names=["ann", *["__base__"] * 3])[1:], by_row[1:])
+    for choice in ("__base__", -1):
+        served.set_profile("bob")
+        served.set_profile(choice)
+        assert torch.equal(logits(served, tiny_batch), by_row)
+    own = logits(tiny_bert(), tiny_batch)
+    assert not torch.allclose(own, by_row, atol=1e-3)
+    with served.disable_adapter():
+        assert torch.equal(logits(served, tiny_batch), own)
+        assert torch.equal(logits(served, tiny_batch, adapter_names=["__base__"] * 4), own)
+
+
+def test_the_only_person_of_a_bank_is_not_everybody(single_profile, tiny_bert, tiny_batch):
+    served = ProfileBank.from_profiles({"ann": single_profile(1)}).attach(tiny_bert())
+    with pytest.raises(ConfigError, match="none was chosen"):
+        served(**tiny_batch)
+    nobody = logits(served, tiny_batch, adapter_names=["__base__"] * 4)
+    served.set_profile("ann")
+    assert not torch.equal(logits(served, tiny_batch), nobody)
+    served.set_profile("__base__")
+    assert torch.equal(logits(served, tiny_batch), nobody)
+
+
+def test_nobody_has_no_offset_in_a_bank_of_one_person(single_profile, tiny_bert, tiny_batch):
+    bank = ProfileBank.from_profiles({"ann": single_profile(1)})
+    offset_bits = pack_halves(torch.full((1, 4), 3.0))
+    bank = ProfileBank(bank.config, *bank.content().tensors[:2], ["ann"], bank.shared, offset_bits)
+    served = bank.attach(tiny_bert())
+    found = {}
+    for who in ("ann", "__base__"):
+        served.set_profile(who)
+        found[who] = logits(served, tiny_batch)
+        torch.testing.assert_close(found[who], logits(served, tiny_batch, adapter_names=[who] * 4))
+    assert (found["ann"] - found["__base__"]).mean() > 2
+
+
+def test_a_person_called_like_an_adapter_is_a_person(many_profiles, tiny_bert, tiny_batch):
+    bank = ProfileBank.from_model(many_profiles(), ["ann", "bank", "cy", "dee", "eve"])
+    served = bank.attach(tiny_bert())
+    served.set_profile("ann")
+    expected = logits(served, tiny_batch, adapter_names=[1, 1, 1, -1])
+    assert torch.equal(logits(served, tiny_batch, adapter_names=["bank", "bank", "bank", "__base__"]), expected)
 
 
 def test_unknown_names_are_refused_before_anything_runs(saved, tiny_bert, tiny_batch):

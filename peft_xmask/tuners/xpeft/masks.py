@@ -86,6 +86,7 @@ class AdapterMasks:
         self.gain_bits: PackedTensor | None = None
         self.offset_bits: PackedTensor | None = None
         self._number = number_of(self)
+        self._was_chosen = False
         self._inbox: tuple[Tensor, int | None] | None = None
         self._warned = False
         try:
@@ -134,7 +135,12 @@ class AdapterMasks:
     def row(self) -> int | None:
         """The row that serves whole batches in this context; None if several could and none was chosen."""
         chosen = chosen_row(self._number)
-        return 0 if chosen is None and self.spec.num_profiles == 1 else chosen
+        return 0 if chosen is None and self.serves_unchosen else chosen
+
+    @property
+    def serves_unchosen(self) -> bool:
+        """Whether row 0 serves until another one is chosen: the only profile, unless it is a person of a bank."""
+        return self.spec.num_profiles == 1 and self.names is None
 
     def choose(self, row: int) -> None:
         """Let a row serve whole batches in this context from now on; -1 is none. O(1).
@@ -148,6 +154,7 @@ class AdapterMasks:
                 f"row from 0 to {self.spec.num_profiles - 1}, or -1 for none."
             )
         choose_row(self._number, row)
+        self._was_chosen = True  # a graph looks at this, since it cannot look at what a context has chosen
 
     def find_rows(self, names: Sequence[str]) -> Tensor:
         """Rows of profiles by name, -1 for ``"__base__"``. Long, ``[len(names)]``.
@@ -231,10 +238,14 @@ class AdapterMasks:
             require(~self.bits.weight.any(), MaskFormatError(self._not_taken_in()))
         if now.batch is not None and now.batch.masks is self:
             return ActiveAdapters(self.masks(now.batch.rows, now), index=None, each=True)
-        if self.spec.num_profiles == 1:
+        if self._ignores_choice():
             return ActiveAdapters(self.masks(None, now), index=None, each=False)
         rows = row_in_graph(self.bits.weight, self._number)
         return ActiveAdapters(self.masks(rows, now), index=None, each=False)
+
+    def _ignores_choice(self) -> bool:
+        """Whether a graph may always use row 0, because no other row was ever chosen."""
+        return self.serves_unchosen and not self._was_chosen
 
     def offsets(self, now: ForwardPass) -> Tensor | None:
         """Offsets of a forward pass: float32 ``[B, C]`` by example or prompt, or ``[1, C]`` for whole batches.
@@ -256,9 +267,9 @@ class AdapterMasks:
     def _rows(self, now: ForwardPass) -> Tensor:
         if now.batch is not None and now.batch.masks is self:
             return now.batch.rows
-        if self.spec.num_profiles == 1:
-            return torch.tensor([0])
         if torch.compiler.is_compiling():
+            if self._ignores_choice():
+                return torch.tensor([0])
             chosen: Tensor = row_in_graph(self.bits.weight, self._number)
             return chosen
         if self.row is None:

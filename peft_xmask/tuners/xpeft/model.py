@@ -24,7 +24,7 @@ from .cache import MixedAdapterCache
 from .config import XPEFTConfig
 from .keys import BITS, GAIN, GAIN_BITS, LOGITS, OFFSET_BITS, PARTS, TABLE, ending
 from .layer import XPEFTLayer, XPEFTSite
-from .masks import BASE, AdapterMasks
+from .masks import BASE, AdapterMasks, Names
 from .offset import set_offsets
 from .passes import OF_THREAD, BatchRows
 from .table import MaskTable, XPEFTModule, begin_forward, end_forward, find_table, load_served_state
@@ -147,7 +147,7 @@ class XPEFTModel(SiteTuner):
 
         Args:
             profile: its row, from 0 to ``num_profiles - 1``; or its name, where the adapter is a bank's; -1 or
-                ``"__base__"`` for none.
+                ``"__base__"`` for nobody: the base, with the common adapter and the head that the profiles share.
             adapter_name: None: the active adapter.
 
         Raises:
@@ -197,9 +197,10 @@ class XPEFTModel(SiteTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """``adapter_names`` may be rows of the active adapter, one for each example; in training too.
 
-        A LongTensor or a list of whole numbers, -1 for none, or names of profiles, where the adapter is a bank's, and
-        ``"__base__"`` for none; with ``num_beams`` one for each prompt. Of several active adapters, rows are those of
-        the first. They hold for this call in this thread.
+        A LongTensor or a list of whole numbers, -1 for nobody, or names of profiles, where the adapter is a bank's, and
+        ``"__base__"`` for nobody: the base, with the common adapter and the head that the profiles share. With
+        ``num_beams`` one for each prompt. Of several active adapters, rows are those of the first. They hold for this
+        call in this thread.
         """
         batch = self._batch_rows(kwargs.get("adapter_names"), kwargs.get("num_beams") or 1)
         before, outer = OF_THREAD.batch, OF_THREAD.now
@@ -221,7 +222,7 @@ class XPEFTModel(SiteTuner):
             rows = chosen
         elif all(isinstance(each, int) and not isinstance(each, bool) for each in chosen):
             rows = torch.tensor(chosen)
-        elif masks is None or masks.names is None or _are_adapters(chosen, self.peft_config):
+        elif masks is None or masks.names is None or _are_adapters(chosen, self.peft_config, masks.names):
             return None
         else:
             rows = masks.find_rows(chosen)
@@ -307,12 +308,13 @@ class XPEFTModel(SiteTuner):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def _are_adapters(chosen: Sequence[Any], adapters: Mapping[str, Any]) -> bool:
-    """Whether names are those of adapters, where profiles have names too.
+def _are_adapters(chosen: Sequence[Any], adapters: Mapping[str, Any], profiles: Names) -> bool:
+    """Whether names are those of adapters, where profiles have names too. A person called like an adapter is a person.
 
     ``"__base__"`` alone is a profile: in a batch with others it is one, and an answer must not depend on the others.
     """
-    return all(each in adapters or each == BASE for each in chosen) and any(each != BASE for each in chosen)
+    named = {each for each in chosen if each != BASE}
+    return bool(named) and all(each in adapters and profiles.find(each) is None for each in named)
 
 
 def _check_rows(rows: Tensor, count: int) -> None:

@@ -34,6 +34,10 @@ class Masks(Protocol):
 
     name: str
 
+    @property
+    def row(self) -> int | None:
+        """The row that serves whole batches in this context; None if one has to be chosen."""
+
     def active(self, now: ForwardPass) -> ActiveAdapters:
         """The mixed adapters of a forward pass."""
 
@@ -117,13 +121,13 @@ def chosen_row(number: int) -> int | None:
 
 @torch.library.custom_op("peft_xmask::chosen_row", mutates_args=())
 def row_in_graph(like: Tensor, number: int) -> Tensor:
-    """:func:`chosen_row` for ``torch.compile``: asked when a graph runs, by the thread that runs it. Long, ``[1]``.
+    """The row of an adapter for ``torch.compile``: asked when a graph runs, by the thread that runs it. Long, ``[1]``.
 
     Args:
         like: any tensor: an operator without one would be taken for a constant.
         number: of the adapter.
     """
-    row = chosen_row(number)
+    row = _NUMBERED[number].row
     if row is None:
         raise _NUMBERED[number].no_profile()
     return torch.tensor([row])
