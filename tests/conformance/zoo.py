@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 VOCABULARY = 40
+IMAGE_TOKEN = VOCABULARY - 1
 WIDE: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
 TEXT: dict[str, Any] = {**WIDE, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER: dict[str, Any] = {**TEXT, "max_position_embeddings": 32}
@@ -22,6 +23,7 @@ SEQ2SEQ: dict[str, Any] = dict(
     decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     decoder_start_token_id=2, max_position_embeddings=32,
 )  # fmt: skip
+MROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 SOUND: dict[str, Any] = dict(conv_dim=(8, 8), conv_stride=(4, 4), conv_kernel=(4, 4), num_conv_pos_embeddings=4)
 SOUND |= dict(num_feat_extract_layers=2, num_conv_pos_embedding_groups=2)
 
@@ -85,6 +87,44 @@ def _image_and_text() -> dict[str, Tensor]:
     return {**_text(), **_image()}
 
 
+def _patches_and_text() -> dict[str, Tensor]:
+    """An image as SigLIP 2 takes it: four patches of twelve numbers, and their grid."""
+    patches = torch.randn(3, 4, 48, generator=torch.Generator().manual_seed(6))
+    grid = torch.tensor([[2, 2]] * 3)
+    return {**_text(), "pixel_values": patches, "pixel_attention_mask": torch.ones(3, 4), "spatial_shapes": grid}
+
+
+def _image_inside_text(tokens: int, **more: Tensor) -> dict[str, Tensor]:
+    """Text in which the image takes the place of some tokens, which have the number ``IMAGE_TOKEN``."""
+    text = _text()
+    text["input_ids"][:, 1 : 1 + tokens] = IMAGE_TOKEN
+    return {**text, **_image(), **more}
+
+
+def _for_gemma_3() -> dict[str, Tensor]:
+    return _image_inside_text(4, token_type_ids=torch.tensor([[0, 1, 1, 1, 1, 0]] * 3))
+
+
+def _for_gemma_4() -> dict[str, Tensor]:
+    patches = torch.rand(3, 4, 48, generator=torch.Generator().manual_seed(6))
+    positions = torch.tensor([[[0, 0], [1, 0], [0, 1], [1, 1]]] * 3)
+    kinds = torch.tensor([[0, 1, 0, 0, 0, 0]] * 3)
+    batch = _image_inside_text(1, image_position_ids=positions, mm_token_type_ids=kinds)
+    return {**batch, "pixel_values": patches}
+
+
+def _for_llama_4() -> dict[str, Tensor]:
+    return _image_inside_text(1)
+
+
+def _for_qwen() -> dict[str, Tensor]:
+    """Three images of four patches, which the model merges into one."""
+    patches = torch.randn(12, 3 * 2 * 4 * 4, generator=torch.Generator().manual_seed(6))
+    kinds = torch.tensor([[0, 1, 0, 0, 0, 0]] * 3)
+    batch = _image_inside_text(1, image_grid_thw=torch.tensor([[1, 2, 2]] * 3), mm_token_type_ids=kinds)
+    return {**batch, "pixel_values": patches}
+
+
 def _sound() -> dict[str, Tensor]:
     return {"input_values": torch.randn(3, 400, generator=torch.Generator().manual_seed(7))}
 
@@ -108,18 +148,33 @@ def _of(model: str, config: str, batch: Callable[[], dict[str, Tensor]] = _text,
     return Kind(model, make, batch)
 
 
-def _clip(config: str, model: str) -> Kind:
-    text, vision = config.replace("Config", "TextConfig"), config.replace("Config", "VisionConfig")
+def _pair(
+    model: str,
+    family: str,
+    batch: Callable[[], dict[str, Tensor]],
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    vision_config: str = "",
+    /,
+    **fields: Any,
+) -> Kind:
+    """A model with a config for text and one for images.
+
+    Args:
+        family: what the names of its configs begin with.
+        vision_config: name of the class of the config for images, if it does not follow from the family.
+    """
 
     def make() -> nn.Module:
         parts = dict(
-            text_config=getattr(transformers, text)(**ENCODER).to_dict(),
-            vision_config=getattr(transformers, vision)(**IMAGE).to_dict(),
+            text_config=getattr(transformers, f"{family}TextConfig")(**text).to_dict(),
+            vision_config=getattr(transformers, vision_config or f"{family}VisionConfig")(**vision).to_dict(),
         )
-        extra = {"projection_dim": 16} if config == "CLIPConfig" else {}
-        return getattr(transformers, model)(getattr(transformers, config)(**parts, **extra))  # type: ignore[no-any-return]
+        settings = getattr(transformers, f"{family}Config")(**parts, **fields)
+        settings._attn_implementation = "eager"
+        return getattr(transformers, model)(settings)  # type: ignore[no-any-return]
 
-    return Kind(model, make, _image_and_text)
+    return Kind(model, make, batch)
 
 
 ZOO = [
@@ -143,6 +198,10 @@ ZOO = [
     _of("Gemma3ForCausalLM", "Gemma3TextConfig", **DECODER),
     _of("Phi3ForCausalLM", "Phi3Config", **{k: v for k, v in DECODER.items() if k != "head_dim"}),
     _of("SmolLM3ForCausalLM", "SmolLM3Config", **DECODER),
+    _of("Olmo3ForCausalLM", "Olmo3Config", **{k: v for k, v in DECODER.items() if k != "head_dim"}),
+    _of("GraniteForCausalLM", "GraniteConfig", **{k: v for k, v in DECODER.items() if k != "head_dim"}),
+    _of("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **DECODER, layer_types=["linear_attention", "full_attention"],
+        linear_key_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2, linear_value_head_dim=8),
     _of("MixtralForCausalLM", "MixtralConfig", **EXPERTS, num_local_experts=4),
     _of("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **{k: v for k, v in EXPERTS.items() if k != "head_dim"},
         num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=20),
@@ -166,7 +225,23 @@ ZOO = [
     _of("SwinModel", "SwinConfig", _image, image_size=8, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2],
         window_size=2),
     _of("Wav2Vec2Model", "Wav2Vec2Config", _sound, **WIDE, **SOUND, mask_time_prob=0.0, layerdrop=0.0),
-    _clip("CLIPConfig", "CLIPModel"),
-    _clip("SiglipConfig", "SiglipModel"),
+    _of("Dinov2Model", "Dinov2Config", _image, **{k: v for k, v in IMAGE.items() if k != "intermediate_size"}),
+    _of("DINOv3ViTModel", "DINOv3ViTConfig", _image, **IMAGE),
+    _pair("CLIPModel", "CLIP", _image_and_text, ENCODER, IMAGE, projection_dim=16),
+    _pair("SiglipModel", "Siglip", _image_and_text, ENCODER, IMAGE),
+    _pair("Siglip2Model", "Siglip2", _patches_and_text, ENCODER, {**WIDE, "patch_size": 4, "num_patches": 4}),
+    _pair("Gemma3ForConditionalGeneration", "Gemma3", _for_gemma_3, DECODER,
+        {**IMAGE, "vision_use_head": False}, "SiglipVisionConfig",
+        mm_tokens_per_image=4, image_token_index=IMAGE_TOKEN),
+    _pair("Gemma4ForConditionalGeneration", "Gemma4", _for_gemma_4, {**DECODER, "hidden_size_per_layer_input": 0},
+        {**WIDE, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2},
+        image_token_id=IMAGE_TOKEN),
+    _pair("Llama4ForConditionalGeneration", "Llama4", _for_llama_4,
+        {**EXPERTS, "num_local_experts": 4, "intermediate_size_mlp": 20, "interleave_moe_layer_step": 2},
+        {**IMAGE, "intermediate_size": 64, "vision_output_dim": 16, "projector_input_dim": 16,
+        "projector_output_dim": 16}, image_token_index=IMAGE_TOKEN),
+    _pair("Qwen3VLForConditionalGeneration", "Qwen3VL", _for_qwen, {**DECODER, **MROPE},
+        dict(hidden_size=16, depth=2, num_heads=2, intermediate_size=24, patch_size=4, out_hidden_size=16,
+        num_position_embeddings=16, deepstack_visual_indexes=[0]), image_token_id=IMAGE_TOKEN),
     Kind("nn.TransformerEncoder", PlainEncoder, _vectors),
 ]  # fmt: skip

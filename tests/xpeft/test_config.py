@@ -1,10 +1,10 @@
 import json
 
 import pytest
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 
 from peft_xmask import AdapterPool, XPEFTConfig
-from peft_xmask.errors import ConfigError
+from peft_xmask.errors import BaseMismatchError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,37 @@ def test_the_users_config_is_not_changed(tiny_bert):
     found = [model.peft_config["default"] for model in models]
     assert found[0].base_fingerprint != found[1].base_fingerprint
     assert (found[0].top_k, found[0].activation, found[0].insertion_form) == (10, "relu", "sequential")
+
+
+def test_loading_keeps_the_config_that_is_passed(tiny_bert, tmp_path):
+    """As PEFT's own methods do. It is completed, so that a second save has the fingerprints too."""
+    get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4)).save_pretrained(tmp_path / "first")
+    config = XPEFTConfig(num_adapters=20, bottleneck_size=4)
+    loaded = PeftModel.from_pretrained(tiny_bert(), tmp_path / "first", config=config)
+    assert loaded.peft_config["default"] is config
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = ((tmp_path / name / "adapter_config.json").read_text() for name in ("first", "second"))
+    assert first == second
+
+
+def test_a_config_that_cannot_be_loaded_is_not_changed(tiny_bert, tmp_path):
+    get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4)).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.inference_mode = True
+    before = config.to_dict()
+    with pytest.raises(BaseMismatchError):
+        PeftModel.from_pretrained(tiny_bert(seed=1), tmp_path, config=config)
+    assert config.to_dict() == before
+
+
+def test_a_config_for_any_base_serves_for_several(tiny_bert, tmp_path):
+    get_peft_model(tiny_bert(), XPEFTConfig(num_adapters=20, bottleneck_size=4)).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.allow_any_base()
+    models = [PeftModel.from_pretrained(tiny_bert(seed=seed), tmp_path, config=config) for seed in (1, 2)]
+    first, second = (model.peft_config["default"].base_fingerprint for model in models)
+    assert first != second
+    assert None not in (first, second)
 
 
 def test_too_many_profiles_are_refused_in_words(tiny_bert):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,10 @@ from peft import PeftConfig
 
 from ...core.files import write_folder
 from ...errors import ConfigError
+
+AFTER_SAVING: list[Callable[[Path, TargetConfig], None]] = []
+"""Called with the folder and the config after each save. The model card enters itself here, since its code needs this
+module."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,9 @@ class TargetConfig(PeftConfig):
     training: dict[str, Any] | None = field(default=None, metadata={"help": "How the adapter was trained."})
     classifier: dict[str, Any] | None = field(default=None, metadata={"help": "Pooling and label names of the head."})
 
+    fits_any_base = False  # not a field: a file does not have it
+    """Whether :meth:`allow_any_base` was called."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.target_modules = _as_set(self.target_modules)
@@ -74,9 +81,8 @@ class TargetConfig(PeftConfig):
         """
         with write_folder(Path(save_directory)) as beside:  # PEFT empties the file before it fills it
             super().save_pretrained(str(beside), **kwargs)
-        from .model_card import complete_card  # it stands above the tuners, which stand on this file
-
-        complete_card(Path(save_directory), self)
+        for complete in AFTER_SAVING:
+            complete(Path(save_directory), self)
 
     card_payload: ClassVar[str] = "adapter weights"
     """What a model card calls the method's own tensors."""
@@ -96,6 +102,7 @@ class TargetConfig(PeftConfig):
     def allow_any_base(self) -> None:
         """Forget the base this adapter was made for, to load it on another one on purpose."""
         self.base_fingerprint = None
+        self.fits_any_base = True
 
 
 def require_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -1,8 +1,8 @@
 """The model card of an adapter: how to load it, what it belongs to and how many bytes it takes.
 
 PEFT writes a generic ``README.md`` before an adapter's files and calls our config's ``save_pretrained`` last, which
-completes the card. Two methods of PEFT's models meet a card when the files are there already, for the Trainer and for
-``push_to_hub``: :func:`complete_cards_of_peft` extends them.
+completes the card. Two methods of PEFT's models write a card when the files are there already, for the Trainer and for
+``push_to_hub``. :func:`complete_cards_of_peft` sees to all three.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...errors import PeftXMaskWarning
 from ...pool.storage import JSON_FILE, stored_bytes
 from .classifier import CONFIG_FILE as MODEL_CONFIG
 from .classifier import Classifier
-from .config import CardPool, TargetConfig
+from .config import AFTER_SAVING, CardPool, TargetConfig
 
 CARD_FILE = "README.md"
 BEGIN = "```python\nimport peft_xmask\n"
@@ -103,11 +103,15 @@ def _complete(folder: Path, config: PeftConfig, section: list[str]) -> None:
 
 
 def complete_cards_of_peft() -> None:
-    """Let PEFT's models complete the cards they write where an adapter lies already. Doing it twice is harmless.
+    """Complete the card after each save of a config of ours, and wherever PEFT writes one later.
+
+    Calling this twice is harmless.
 
     ``push_to_hub`` replaces the card in the folder that it uploads by transformers' own, and the Trainer replaces it at
     the end of a training. Models whose adapter is of another method are not concerned.
     """
+    if complete_card not in AFTER_SAVING:
+        AFTER_SAVING.append(complete_card)
     for name, extend in (
         ("create_or_update_model_card", _completing_after),
         ("_upload_modified_files", _completing_before),

@@ -35,6 +35,9 @@ def _in_block(block: str, output: str, linear: str | None = None, model_types: t
     return Family(head + output, None if linear is None else head + linear, model_types)
 
 
+LANGUAGE_BLOCK = r"language_model\.(?:.*\.)?layers"
+"""Of a model that reads images too: the blocks of its language model, which works on batches without images as well."""
+
 FAMILIES = (
     _in_block("layer", r"output\.dense", r"(?:intermediate|output)\.dense", (
         "bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta", "deberta-v2", "mpnet",
@@ -44,18 +47,25 @@ FAMILIES = (
     _in_block("layers", r"mlp\.Wo", r"mlp\.(?:Wi|Wo)", ("modernbert", "modernbert-decoder")),
     _in_block("layers", r"mlp\.down_proj", r"mlp\.(?:gate_proj|up_proj|gate_up_proj|down_proj)", (
         "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma4_text", "phi3", "olmo", "olmo2",
-        "smollm3",
+        "smollm3", "olmo3", "granite", "qwen3_5_text",
     )),
     _in_block("layers", r"mlp\.(?:experts|down_proj)", None, ("mixtral", "qwen3_moe", "gpt_oss")),
     _in_block("layers", r"mlp\.(?:experts|shared_expert\.down_proj|down_proj)",
               r"mlp\.(?:shared_expert\.)?(?:gate_proj|up_proj|down_proj)", ("qwen2_moe",)),
     _in_block("layers", r"feed_forward\.(?:shared_expert\.)?down_proj",
               r"feed_forward\.(?:shared_expert\.)?(?:gate_proj|up_proj|down_proj)", ("llama4_text",)),
+    _in_block(LANGUAGE_BLOCK, r"mlp\.down_proj", r"mlp\.(?:gate_proj|up_proj|down_proj)", (
+        "gemma3", "gemma4", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "llava", "mistral3",
+    )),
+    _in_block(LANGUAGE_BLOCK, r"feed_forward\.(?:shared_expert\.)?down_proj",
+              r"feed_forward\.(?:shared_expert\.)?(?:gate_proj|up_proj|down_proj)", ("llama4",)),
     _in_block("layers", "fc2", "(?:fc1|fc2)", ("opt", "bart", "mbart", "whisper")),
     _in_block("layers", r"mlp\.fc2", r"mlp\.(?:fc1|fc2)", (
         "vit", "deit", "phi", "clip", "clip_text_model", "clip_vision_model", "siglip", "siglip_text_model",
-        "siglip_vision_model",
+        "siglip_vision_model", "siglip2", "siglip2_text_model", "siglip2_vision_model",
     )),
+    _in_block("layer", r"mlp\.fc2", r"mlp\.(?:fc1|fc2)", ("dinov2",)),
+    _in_block("layer", r"mlp\.down_proj", r"mlp\.(?:gate_proj|up_proj|down_proj)", ("dinov3_vit",)),
     _in_block("blocks", r"mlp\.fc2", r"mlp\.(?:fc1|fc2)", ("swin",)),
     _in_block("layers", r"feed_forward\.output_dense", r"feed_forward\.(?:intermediate_dense|output_dense)", (
         "wav2vec2", "hubert", "wavlm",

@@ -88,7 +88,10 @@ class TargetTuner(BaseTuner):
         )
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, or leave the model unchanged on an error. The config is copied, never modified.
+        """Add an adapter, or leave the model and the config unchanged on an error.
+
+        A config for training is copied, so that it can serve for other bases too. One for inference is that of an
+        adapter being loaded: as in PEFT, the model keeps the object that the caller passed and completes it.
 
         Raises:
             ConfigError: an adapter of this name exists, or ``state_dict`` was passed to choose the targets.
@@ -100,15 +103,21 @@ class TargetTuner(BaseTuner):
                 f"{self.peft_config[adapter_name].peft_type} cannot find its targets in a state dict, since its file "
                 "does not name them. Pass a config with `target_modules` instead."
             )
-        given = self.peft_config[adapter_name]
+        given: Any = self.peft_config[adapter_name]
         others = (name for name, other in self.peft_config.items() if other is given and name != adapter_name)
         self._injection = self.injection_cls(copied_from=next(others, None))
-        self.peft_config[adapter_name] = copy.deepcopy(given)
+        loading = given.inference_mode and not given.fits_any_base and self._injection.copied_from is None
+        before = dict(vars(given))
+        self.peft_config[adapter_name] = given if loading else copy.deepcopy(given)
         self._mixed_batches.forget_modules()
-        _agree_on_head(self.peft_config[adapter_name], model)
         try:
+            _agree_on_head(self.peft_config[adapter_name], model)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             FirstPassWatch(model, {name: model.get_submodule(name) for name in self._injection.parts})
+        except BaseException:
+            vars(given).clear()
+            vars(given).update(before)
+            raise
         finally:
             del self._injection
 

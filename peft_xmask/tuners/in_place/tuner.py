@@ -278,24 +278,39 @@ def linear_layers_of_blocks(model: nn.Module) -> str | None:
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     inside: tuple[str, ...] = ()
     found: dict[str, set[str]] = defaultdict(set)
+    chosen, others = set(), []
     for name, module in model.named_modules():
         if name.startswith(inside or ("\0",)):
             continue
+        others.append(name)
         if isinstance(module, BaseTunerLayer):
             inside = (*inside, f"{name}.")
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         owner = min((each for each in lists if name.startswith(f"{each}.")), key=len, default=None)
-        if owner is None or (module_widths(layer) is None and not is_fused_experts(layer)):
+        linear = module_widths(layer) is not None and hasattr(layer, "weight")  # some wrap their linear layer
+        if owner is None or not (linear or is_fused_experts(layer)):
             continue
         if not worth_adapting(model, {name}):
             continue
         _, _, rest = name.removeprefix(f"{owner}.").partition(".")
         if rest:
-            found[owner.rpartition(".")[2]].add(re.escape(rest))
-    patterns = [
-        rf"{re.escape(owner)}\.\d+\.(?:{'|'.join(sorted(names))})" for owner, names in sorted(found.items()) if names
-    ]
-    return rf"(?:.*\.)?(?:{'|'.join(patterns)})" if patterns else None
+            found[owner].add(re.escape(rest))
+            chosen.add(name)
+    if not found:
+        return None
+    short: dict[str, set[str]] = defaultdict(set)
+    for owner, rests in found.items():
+        short[owner.rpartition(".")[2]] |= rests
+    expression = _modules_in_lists(short)  # fits other models around the same blocks
+    if any(name not in chosen and re.fullmatch(expression, name) for name in others):
+        return _modules_in_lists(found)
+    return expression
+
+
+def _modules_in_lists(names: dict[str, set[str]]) -> str:
+    """A regular expression of modules by the name of a list and their own names (escaped) behind its index."""
+    lists = (rf"{re.escape(owner)}\.\d+\.(?:{'|'.join(sorted(rests))})" for owner, rests in sorted(names.items()))
+    return rf"(?:.*\.)?(?:{'|'.join(lists)})"
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ...core.adapter import AdapterForm, AdapterPair, adapt
 from ...core.lora import LinearChange, parallel_change, sequential_change
-from ...errors import MergeError, TargetError
+from ...errors import FileFormatError, MergeError, TargetError
 from ..base.experts import experts_width
 from ..base.layer import TargetLayer
 from ..base.mixed_batch import examples_by_name
@@ -40,6 +40,14 @@ def device_of(module: nn.Module) -> torch.device | None:
     if weight is None:  # fused experts
         weight = next(module.parameters(recurse=False), None)
     return weight.device if isinstance(weight, Tensor) and not weight.is_meta else None
+
+
+def _broken(adapter_name: str) -> str:
+    """PEFT's own words first, which its users may look for."""
+    return (
+        f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken. This module was left as "
+        "it was."
+    )
 
 
 class SiteLayer(TargetLayer):
@@ -139,7 +147,7 @@ class SiteLayer(TargetLayer):
                 continue
             if reason := self.why_not_linear(name):
                 return reason
-            if base.bias is None and self.linear_change(name).constant is not None:
+            if base.bias is None and self._change_to_merge(name).constant is not None:
                 return f"adapter '{name}' has biases and the module has none to add them to. Use the adapter unmerged."
         return None
 
@@ -175,10 +183,7 @@ class SiteLayer(TargetLayer):
         for name in names:
             weight, bias = self._merged(name, weight, bias)
             if safe_merge and not (weight.isfinite().all() and (bias is None or bias.isfinite().all())):
-                raise MergeError(
-                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken. This module was left "
-                    "as it was; load or train the adapter again."
-                )
+                raise MergeError(f"{_broken(name)} Load or train the adapter again.")
         self._before_merge = original
         self._put_back(weight, bias)
         self.merged_adapters.extend(names)
@@ -214,6 +219,12 @@ class SiteLayer(TargetLayer):
         weight, bias = self._before_merge or self._weight_and_bias()
         return sequential_change(pair, weight.T if isinstance(self.get_base_layer(), Conv1D) else weight, bias)
 
+    def _change_to_merge(self, name: str) -> LinearChange:
+        try:
+            return self.linear_change(name)
+        except FileFormatError as error:  # masks of numbers that are not finite
+            raise MergeError(f"{_broken(name)} {error}") from error
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's ``convert_to_lora`` can take this adapter: it is linear and adds no constant."""
         if self.form(adapter_name) is None or self.why_not_linear(adapter_name) is not None or self._not_plain():
@@ -233,7 +244,7 @@ class SiteLayer(TargetLayer):
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def _merged(self, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        down, up, constant = self.linear_change(name)
+        down, up, constant = self._change_to_merge(name)
         delta = up @ down
         turned = isinstance(self.get_base_layer(), Conv1D)
         merged = (weight + (delta.T if turned else delta).to(weight.device)).to(weight.dtype)
