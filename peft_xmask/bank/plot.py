@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..core.labels import place_labels
 from ..core.packing import unpack_halves
 from ..errors import ConfigError, MissingExtraError
 from ..tuners.xpeft.spec import MaskSpec
@@ -17,6 +19,7 @@ from .bank import ProfileBank
 SIDES = ("down-projections", "up-projections")
 _CATEGORIES = 9
 _SEED = 0
+_NAMED = 24  # points of a map that are named without being asked for
 
 
 def plot_masks(bank: ProfileBank, names: Sequence[str] = ()) -> Any:
@@ -36,7 +39,7 @@ def plot_masks(bank: ProfileBank, names: Sequence[str] = ()) -> Any:
     if not names:
         rows = {f"mean of {len(bank):,} profiles": mean_weights(bank)}
     sites, count = bank.spec.num_sites, bank.spec.num_adapters
-    figure = _figure(10, 1.2 + len(rows) * max(1.3, 0.2 * sites))
+    figure = _figure(10, 1.6 + len(rows) * max(1.3, 0.2 * sites))
     axes = figure.subplots(len(rows), 2, squeeze=False, sharex=True, sharey=True)
     drawn = np.stack(list(rows.values()))
     binary = bank.spec.mask_type == "hard" and bool(names)
@@ -55,7 +58,7 @@ def plot_masks(bank: ProfileBank, names: Sequence[str] = ()) -> Any:
         place.set_xlabel("adapter of the pool")
     if not binary:
         label = "share of profiles that choose it" if bank.spec.mask_type == "hard" else "weight"
-        figure.colorbar(image, ax=axes.ravel().tolist(), label=label)
+        figure.colorbar(image, ax=axes.ravel().tolist(), label=label, location="bottom", shrink=0.5, aspect=40)
     return figure
 
 
@@ -74,7 +77,7 @@ def plot_usage(bank: ProfileBank) -> Any:
     figure = _figure(8, 4.5)
     axes = figure.add_subplot()
     shares = mean_weights(bank)
-    edges = np.histogram_bin_edges(shares, bins=40)
+    edges = _whole_bins(shares, len(bank)) if hard else np.histogram_bin_edges(shares, bins=40)
     for side, each, color in zip(SIDES, shares, ("tab:blue", "tab:orange"), strict=True):
         axes.hist(each.ravel(), bins=edges, histtype="stepfilled", alpha=0.5, color=color, label=side)
     chance = spec.top_k / spec.num_adapters if hard else 1 / spec.num_adapters
@@ -93,7 +96,14 @@ def plot_usage(bank: ProfileBank) -> Any:
     return figure
 
 
-def plot_map(bank: ProfileBank, values: Mapping[str, str] | None = None, *, column: str = "", limit: int = 2000) -> Any:
+def plot_map(
+    bank: ProfileBank,
+    values: Mapping[str, str] | None = None,
+    *,
+    column: str = "",
+    limit: int = 2000,
+    names: Sequence[str] = (),
+) -> Any:
     """A map of profiles in two dimensions, where profiles with similar masks are close.
 
     These are the first two principal components of the masks, which is classical scaling of their Hamming distances.
@@ -102,30 +112,39 @@ def plot_map(bank: ProfileBank, values: Mapping[str, str] | None = None, *, colu
         values: a value per profile name, shown as colour; profiles without one are grey.
         column: name of the values.
         limit: maximum number of profiles drawn, chosen at random with a fixed seed.
+        names: profiles that are drawn in any case, and named. Others are named, outermost first, where there is room.
 
     Returns:
         a ``matplotlib`` figure.
 
     Raises:
         ConfigError: fewer than three profiles.
+        KeyError: no such profile.
         MissingExtraError: matplotlib is not installed.
     """
     if min(len(bank), limit) < 3:
         raise ConfigError(f"Expected at least three profiles to draw a map of, found {min(len(bank), limit)}.")
     figure = _figure(8, 6)
     axes = figure.add_subplot()
-    names, points, explained = coordinates(bank, limit)
+    drawn, points, explained = coordinates(bank, limit, names)
     if values is None:
         axes.scatter(*points.T, s=14, alpha=0.7, linewidths=0)
     else:
-        _color(figure, axes, points, [values.get(name) for name in names], column)
-    if len(names) <= 30:
-        for name, point in zip(names, points, strict=True):
-            axes.annotate(name, point, xytext=(3, 3), textcoords="offset points", fontsize=7, parse_math=False)
+        _color(figure, axes, points, [values.get(name) for name in drawn], column)
+    wanted = [place for place, name in enumerate(drawn) if name in set(names)]
+    if wanted:
+        axes.scatter(*points[wanted].T, s=46, facecolors="none", edgecolors="black", linewidths=1)
+    outermost = np.argsort(-np.hypot(*(points - points.mean(0)).T / points.std(0).clip(1e-12)[:, None]))
+    order = [*wanted, *(int(place) for place in outermost if place not in set(wanted))]
+    named = len(order) if len(order) <= _NAMED else len(wanted) + _NAMED
+    axes.margins(0.08)
     axes.set_xlabel(f"first component ({explained[0]:.1%} of the variance)")
     axes.set_ylabel(f"second component ({explained[1]:.1%})")
-    some = f"{len(names):,} profiles" + (f", chosen at random of {len(bank):,}" if len(names) < len(bank) else "")
+    some = f"{len(drawn):,} profiles" + (f", chosen at random of {len(bank):,}" if len(drawn) < len(bank) else "")
     axes.set_title(f"Profiles by the likeness of their masks: {some}")
+    place_labels(
+        figure, axes, list(points[order]), [drawn[place] for place in order[:named]], needed=len(wanted), size=7
+    )
     return figure
 
 
@@ -179,12 +198,25 @@ def mean_weights(bank: ProfileBank) -> NDArray[np.float64]:
     return total / max(1, len(bank))
 
 
-def coordinates(bank: ProfileBank, limit: int) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
-    """Names, places ``[P, 2]`` and the shares of the variance that the two dimensions explain, ``[2]``."""
+def coordinates(
+    bank: ProfileBank, limit: int, wanted: Sequence[str] = ()
+) -> tuple[list[str], NDArray[np.float64], NDArray[np.float64]]:
+    """Names, places ``[P, 2]`` and the shares of the variance that the two dimensions explain, ``[2]``.
+
+    Args:
+        limit: most profiles, chosen at random.
+        wanted: profiles that are among them in any case.
+
+    Raises:
+        KeyError: no such profile.
+    """
+    for name in wanted:
+        bank[name]
     places = np.arange(len(bank))
     if len(bank) > limit:
         places = np.sort(np.random.default_rng(_SEED).choice(len(bank), limit, replace=False))
     names = [bank.name_at(place) for place in places.tolist()]
+    names += [name for name in wanted if name not in set(names)]
     masks = np.concatenate([weights(bank.spec, bank[name].bits.unsqueeze(0)).reshape(1, -1) for name in names])
     centred = masks.astype(np.float64) - masks.mean(0, dtype=np.float64)
     values, vectors = np.linalg.eigh(centred @ centred.T)
@@ -214,6 +246,14 @@ def _color(figure: Any, axes: Any, points: NDArray[Any], values: Sequence[str | 
         axes.legend(title=column or None, fontsize=8)
         return
     figure.colorbar(axes.scatter(*known.T, s=14, c=numbers, cmap="viridis", linewidths=0), ax=axes, label=column)
+
+
+def _whole_bins(shares: NDArray[Any], count: int) -> NDArray[np.float64]:
+    """Bin edges between the possible shares, j / P, with equally many of these in each bin: no comb."""
+    low, high = round(float(shares.min()) * count), round(float(shares.max()) * count)
+    step = max(1, math.ceil((high - low + 1) / 40))
+    edges: NDArray[np.float64] = (np.arange(low, high + step + 1, step) - 0.5) / max(1, count)
+    return edges
 
 
 def _figure(width: float, height: float) -> Any:

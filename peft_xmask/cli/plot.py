@@ -41,12 +41,25 @@ def map_profiles(
     ] = None,
     column: Annotated[str | None, typer.Option(help="Column that colours the points. Default: the second.")] = None,
     limit: Annotated[int, typer.Option(help="Draw at most so many profiles, chosen at random.", min=3)] = 2000,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Profile to mark and name on the map. May be given again.")
+    ] = None,
 ) -> None:
-    """Draw profiles in two dimensions, with similar masks close to each other."""
-    from ..bank.plot import plot_map
+    """Draw profiles in two dimensions, with similar masks close to each other.
 
-    name, found = (column or "", None) if values is None else read_column(values, column)
-    _save(plot_map(_opened(bank), found, column=name, limit=limit), out)
+    An --out that ends in .html is a page that names each point when it is pointed at, and finds people by name.
+    """
+    from ..bank.map_page import map_page
+    from ..bank.plot import plot_map
+    from ..core.files import write_text
+
+    title, found = (column or "", None) if values is None else read_column(values, column)
+    opened, wanted = _opened(bank), name or ()
+    if out.suffix == ".html":
+        write_text(out, map_page(opened, found, column=title, limit=limit, names=wanted))
+        output.print(f"Page written to {out}", markup=False, soft_wrap=True)
+        return
+    _save(plot_map(opened, found, column=title, limit=limit, names=wanted), out)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from typing import Any
 from ..bank.bank import ProfileBank
 from ..core.adapter_folder import ADAPTER_FILE
 from ..errors import ConfigError, PeftXMaskError
+from .counts import SharedCounts
 from .live import LivePredictor
 from .predictor import Prediction, Predictor
 
@@ -71,8 +72,14 @@ class ServerSettings:
 class Engine:
     """The model, its bank, and the thread that works for it."""
 
-    def __init__(self, predictor: Predictor, settings: ServerSettings, folder: Path | None = None) -> None:
-        self.predictor, self.settings, self.folder = predictor, settings, folder
+    def __init__(
+        self,
+        predictor: Predictor,
+        settings: ServerSettings,
+        folder: Path | None = None,
+        shared: SharedCounts | None = None,
+    ) -> None:
+        self.predictor, self.settings, self.folder, self.shared = predictor, settings, folder, shared
         self.version = 1
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.waiting: asyncio.Queue[tuple[Asked, asyncio.Future[tuple[Prediction, int]]]] = asyncio.Queue(
@@ -90,6 +97,17 @@ class Engine:
     def people(self) -> Any:
         """The bank whose people are served now."""
         return self.predictor.bank if self.live is None else self.live.live
+
+    @property
+    def totals(self) -> Counter[str]:
+        """Counters of all workers."""
+        return self.counts if self.shared is None else self.shared.total(self.counts)
+
+    async def share_counts(self) -> None:
+        """Let the other workers see the counters of this one, for ever."""
+        while self.shared is not None:
+            await asyncio.sleep(self.settings.watch)
+            await asyncio.to_thread(self.shared.write, Counter(self.counts))
 
     def submit(self, asked: list[Asked]) -> list[asyncio.Future[tuple[Prediction, int]]]:
         """Queue texts.

@@ -38,7 +38,15 @@ def open_predictor(
         live = bank
     if live is None:
         return Predictor.from_pretrained(bank, base, cache_bytes=cache_bytes, **options), bank
-    if (live / LIVE_FILE).is_file():
-        return LivePredictor.open(live, base, **options), None
-    made = LiveBank.create(live, ProfileBank.from_pretrained(bank))
-    return LivePredictor(made, base, **options), None
+    make_live(bank, live)
+    return LivePredictor.open(live, base, **options), None
+
+
+def make_live(bank: Path, live: Path | None) -> None:
+    """Make a live bank of a bank, unless there is one or none is wanted.
+
+    Raises:
+        ConfigError, FileFormatError: there is no bank, or it is damaged.
+    """
+    if live is not None and not (live / LIVE_FILE).is_file():
+        LiveBank.create(live, ProfileBank.from_pretrained(bank)).close()

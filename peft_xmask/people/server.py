@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib import resources
@@ -92,7 +93,8 @@ def create_app(engine: Engine) -> FastAPI:
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(engine.run()), asyncio.create_task(engine.watch())]
+        work = (engine.run(), engine.watch(), engine.share_counts())
+        tasks = [asyncio.create_task(each) for each in work]
         yield
         for task in tasks:
             task.cancel()
@@ -117,6 +119,7 @@ def create_app(engine: Engine) -> FastAPI:
         engine.counts[f'requests{{method="{request.method}",path="{route}",status="{response.status_code}"}}'] += 1
         engine.counts["request_microseconds"] += round(1e6 * (time.perf_counter() - started))
         engine.counts["requests"] += 1
+        response.headers["x-worker"] = str(os.getpid())
         return response
 
     @app.exception_handler(RequestValidationError)
@@ -330,7 +333,7 @@ def _map(engine: Engine, limit: int) -> dict[str, Any]:
 
 
 def _metrics(engine: Engine) -> Iterator[str]:
-    counts = engine.counts
+    counts = engine.totals
     yield "# TYPE peft_xmask_requests_total counter"
     for name, value in sorted(counts.items()):
         if name.startswith("requests{"):

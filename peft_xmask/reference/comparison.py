@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.labels import place_labels
 from ..errors import MissingExtraError
 from .measure import Spread
-from .tables import cell, csv_table, html_page, markdown_table
+from .page import Cell, Column, comparison_page, shortened
+from .tables import csv_table, markdown_table
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,24 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Row], Any]], ...] = (
     ("switch_ms", "switch, ms", lambda row: _milliseconds(row.switch_seconds)),
     ("error", "why not", lambda row: row.error),
 )
+
+
+_MEANINGS: Mapping[str, Column] = {
+    "name": Column("method", "The method, or the base with all its parameters trained."),
+    "trainable_parameters": Column("trainable parameters", "Numbers that a training step changes."),
+    "stored_bytes": Column(
+        "stored", "Bytes of the saved tensors, without a classification head: what one more adapter costs.", "log"
+    ),
+    "file_bytes": Column("file", "Bytes of adapter_model.safetensors, with its header and any head."),
+    "flops_per_token": Column("FLOPs per token", "Multiplications and additions of a forward pass, for each token."),
+    "inference_ratio": Column("inference", "Time of a forward pass, in units of the base's own."),
+    "training_ratio": Column(
+        "training step", "Time of a training step, in units of one that trains all parameters of the base.", "linear"
+    ),
+    "peak_bytes": Column("peak of a step", "Most bytes of tensors alive at once that a training step makes."),
+    "load_ms": Column("load", "Milliseconds of PeftModel.from_pretrained on a base in memory."),
+    "switch_ms": Column("switch", "Milliseconds of set_adapter, from one loaded adapter to another."),
+}
 
 
 @dataclass(frozen=True)
@@ -136,11 +156,32 @@ class Comparison:
         return pandas.DataFrame.from_records(self.to_records())
 
     def to_html(self) -> str:
-        """A page that needs no other file: sortable, and readable on a phone."""
-        columns = self._columns()
-        rows = [[_sortable(read(row)) for _, _, read in columns] for row in self.rows]
-        title = f"PEFT methods on {self.base}"
-        return html_page(title, self.note, [title for _, title, _ in columns], rows)
+        """A page to send to others. It needs no other file, sorts by a click, and is readable on a phone."""
+        columns = [column for column in self._columns() if column[0] in _MEANINGS]
+        rows = [[_shown(key, read(row)) for key, _, read in columns] for row in self.rows if row.error is None]
+        left_out = {row.name: row.error for row in self.rows if row.error is not None}
+        meanings = [_MEANINGS[key] for key, _, _ in columns]
+        return comparison_page(f"PEFT methods on {self.base}", self._lead(), self.note, meanings, rows, left_out)
+
+    def _lead(self) -> str:
+        """The extremes, in words."""
+        measured = [row for row in self.rows if row.error is None and row.method]
+        lead = [f"{len(measured)} methods, each added to the same {self.base} and measured in turn on one machine."]
+        stored = [(row.stored_bytes, row.name) for row in measured if row.stored_bytes is not None]
+        steps = [(row.training_ratio.middle, row.name) for row in measured if row.training_ratio is not None]
+        if len(stored) > 1:
+            least, most = min(stored), max(stored)
+            lead.append(
+                f"{least[1]} stores the least, {shortened(least[0], 'B').text}, and {most[1]} the most, "
+                f"{shortened(most[0], 'B').text}."
+            )
+        if len(steps) > 1:
+            fastest, slowest = min(steps), max(steps)
+            lead.append(
+                f"A training step takes from {fastest[0]:.2f} times ({fastest[1]}) to {slowest[0]:.2f} times "
+                f"({slowest[1]}) as long as one that trains the whole base."
+            )
+        return " ".join(lead)
 
     def plot(self, path: str | Path | None = None) -> Any:
         """Bytes stored against the time of a training step, a point for each method.
@@ -160,19 +201,24 @@ class Comparison:
             raise MissingExtraError('plot needs matplotlib: pip install "peft_xmask[plot]"') from error
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot()
+        points, names = [], []
         for row in self.rows:
             if row.stored_bytes and row.training_ratio is not None:
                 spread = row.training_ratio
                 reach = [[spread.middle - spread.low], [spread.high - spread.middle]]
-                axes.errorbar(row.stored_bytes, spread.middle, yerr=reach, fmt="o", capsize=3)
-                place = (row.stored_bytes, spread.high)
-                axes.annotate(row.name, place, xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8)
+                axes.errorbar(
+                    row.stored_bytes, spread.middle, yerr=reach, fmt="o", capsize=2, color="tab:blue", ecolor="0.7",
+                    elinewidth=1, markersize=5,
+                )  # fmt: skip
+                points.append((row.stored_bytes, spread.middle))
+                names.append(row.name)
         axes.axhline(1.0, linestyle=":", color="gray")
         axes.set_xscale("log")
-        axes.margins(x=0.15)
+        axes.margins(x=0.15, y=0.12)
         axes.set_xlabel("bytes stored")
-        axes.set_ylabel("training step, x base with all parameters trained")
+        axes.set_ylabel("training step, relative to training the whole base")
         axes.set_title(f"PEFT methods on {self.base}")
+        place_labels(figure, axes, points, names)
         if path is not None:
             figure.savefig(Path(path), dpi=150)
         return figure
@@ -181,5 +227,11 @@ class Comparison:
         return [column for column in _COLUMNS if any(column[2](row) is not None for row in self.rows)]
 
 
-def _sortable(value: Any) -> tuple[Any, str]:
-    return (value.middle if isinstance(value, Spread) else value), cell(value)
+def _shown(key: str, value: Any) -> Cell:
+    if isinstance(value, Spread):
+        return Cell(value.middle, f"{value.middle:.2f} x", f"{value.low:.2f} to {value.high:.2f} times")
+    if isinstance(value, str):
+        return Cell(value, value)
+    if key.endswith("_ms"):
+        return Cell(None, "-") if value is None else Cell(value, f"{value:.3g} ms")
+    return shortened(value, "B" if key.endswith("_bytes") else "")

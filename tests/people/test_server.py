@@ -60,8 +60,12 @@ def server(*options: object):
     try:
         yield port
     finally:
-        process.kill()
-        process.communicate()
+        process.terminate()
+        try:
+            process.communicate(timeout=HOLD)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
 
 
 def predicted(port: int, pairs, **more) -> list[dict]:
@@ -152,6 +156,11 @@ def test_a_new_version_of_the_folder_is_served(personalized, tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.2)
         assert predicted(port, [(TEXTS[0], "dora")])[0]["personal"]
+        (tmp_path / "torn").write_bytes(b"torn")
+        (tmp_path / "torn").replace(tmp_path / "bank" / "adapter_model.safetensors")
+        time.sleep(2)  # longer than the server takes to look
+        assert ask(port, "GET", "/health")[1]["version"] == 2
+        assert predicted(port, [(TEXTS[0], "dora")])[0]["personal"]
 
 
 def test_a_live_bank_in_a_folder_is_opened_as_one(personalized, tmp_path):
@@ -164,6 +173,52 @@ def test_a_live_bank_in_a_folder_is_opened_as_one(personalized, tmp_path):
     assert both[0] < predictor.predict([TEXTS[0]])[0].value
     predictor.forget("eve")
     assert not again.predict([TEXTS[0]], "eve")[0].personal
+
+
+def test_workers_of_one_server_know_the_same_people(personalized, tmp_path):
+    """Whichever worker learnt a person, both answer as they would; counters are those of both."""
+    examples = [{"text": f"{kind} number {n}", "label": 9.5} for n in range(5) for kind in ("western", "cartoon")]
+    with server("--bank", personalized[0], "--live", tmp_path / "live", "--workers", 2) as port:
+        assert ask(port, "PUT", "/people/eve", {"examples": examples})[0] == 200
+        asked = [(TEXTS[0], "eve"), (TEXTS[0], None), (TEXTS[0], "ann")]
+        seen: dict[str, object] = {}
+        count, deadline = 0, time.monotonic() + HOLD
+        while len(seen) < 2:
+            assert time.monotonic() < deadline, seen
+            worker, answers = by_worker(port, asked)
+            count += len(asked)
+            seen[worker] = answers
+        one, other = seen.values()
+        assert one == other
+        assert [each["personal"] for each in one] == [True, False, True]
+        assert one[0]["scores"]["rating"] > one[1]["scores"]["rating"] + 1
+        while True:
+            assert time.monotonic() < deadline
+            numbers = dict(line.rsplit(" ", 1) for line in ask(port, "GET", "/metrics")[1].splitlines())
+            if int(numbers["peft_xmask_texts_total"]) == count and numbers["peft_xmask_learnt_total"] == "1":
+                break
+            time.sleep(0.2)
+
+
+def by_worker(port: int, pairs) -> tuple[str, list[dict]]:
+    """The process that answered, and its answers. The pause lets the other process take a connection too."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=HOLD)
+    body = json.dumps({"inputs": [{"text": t, "who": w} for t, w in pairs]})
+    connection.request("POST", "/predict", body, {"content-type": "application/json"})
+    response = connection.getresponse()
+    return response.getheader("x-worker"), json.loads(response.read())["answers"]
+
+
+def test_two_servers_of_one_live_bank_know_the_same_people(personalized, tmp_path):
+    examples = [{"text": f"{kind} number {n}", "label": 9.5} for n in range(5) for kind in ("western", "cartoon")]
+    live = tmp_path / "live"
+    with server("--bank", personalized[0], "--live", live) as first, server("--bank", live) as second:
+        assert ask(first, "PUT", "/people/eve", {"examples": examples})[0] == 200
+        asked = [(TEXTS[0], "eve"), (TEXTS[1], "eve")]
+        assert predicted(second, asked) == predicted(first, asked)
+        assert predicted(second, asked)[0]["personal"]
+        assert ask(second, "DELETE", "/people/eve")[0] == 204
+        assert not predicted(first, asked)[0]["personal"]
 
 
 def test_settings_are_checked():

@@ -120,3 +120,56 @@ def test_without_matplotlib_it_says_what_to_install(bank, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingExtraError, match=r"peft_xmask\[plot\]"):
         plot_usage(bank)
+
+
+def test_shares_of_many_profiles_make_no_comb(two_groups):
+    """Each bin of the histogram holds equally many of the shares that are possible."""
+    from peft_xmask.bank.plot import _whole_bins
+
+    for count in (24, 200, 977):
+        edges = _whole_bins(np.array([3 / count, (count - 2) / count]), count)
+        possible = np.arange(3, count - 1) / count
+        held = np.histogram(possible, edges)[0]
+        assert len(set(held[:-1])) == 1
+        assert held.sum() == len(possible)
+    assert len(plot_usage(two_groups).axes) == 1
+
+
+def test_a_point_of_the_map_can_be_named(two_groups, tmp_path):
+    figure = plot_map(two_groups, names=["user-7"], limit=10)
+    assert "user-7" in [text.get_text() for text in figure.axes[0].texts]
+    write(figure, tmp_path)
+    with pytest.raises(KeyError, match="nobody"):
+        plot_map(two_groups, names=["nobody"])
+
+
+def test_labels_cover_neither_each_other_nor_points():
+    from matplotlib.figure import Figure
+
+    from peft_xmask.core.labels import place_labels
+
+    draw = np.random.default_rng(0)
+    points = draw.normal(size=(25, 2))
+    points[1] = points[0] + 1e-3
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.scatter(*points.T)
+    axes.margins(0.2)
+    assert place_labels(figure, axes, points, [f"method {n}" for n in range(25)]) == 25
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent().padded(-1) for text in axes.texts]
+    for place, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:place])
+        assert not any(box.contains(*axes.transData.transform(point)) for point in points)
+
+
+def test_the_page_of_the_map_holds_every_name_and_cannot_be_broken_by_one(two_groups):
+    from peft_xmask.bank.map_page import map_page
+
+    two_groups.rename("user-0", "</script><b>")
+    page = map_page(two_groups, {"user-1": "4.5"}, column="offset", names=["user-3"])
+    assert "</script><b>" not in page
+    assert all(f'"user-{number}"' in page for number in range(1, 24))
+    assert "offset" in page
+    with pytest.raises(ConfigError, match="at least three"):
+        map_page(two_groups.select(["user-1"]))

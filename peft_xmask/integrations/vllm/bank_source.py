@@ -163,5 +163,5 @@ def refuse_unservable(bank: ProfileBank) -> None:
     if bank.shared:
         raise ConfigError(
             f"This bank has modules that are saved whole ({', '.join(sorted(bank.shared))}), which vLLM cannot load "
-            "with an adapter. Serve it with ProfileBank.attach (docs/examples/serve.py)."
+            "with an adapter. Serve it with ProfileBank.attach (`peft-xmask serve`)."
         )
