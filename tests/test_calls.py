@@ -1,5 +1,6 @@
 """Modules that a model does not call: an adapter there is refused or noticed, or the module is called after all."""
 
+import contextlib
 import copy
 import warnings
 
@@ -94,10 +95,45 @@ class TestTheFastPathOfTorchsEncoder:
         assert torch.equal(run(model.unload(), padding), before)
         assert torch.equal(run(twin, padding), adapted)
 
+    def test_is_taken_again_after_a_call_with_adapter_names(self, padding, adapt):
+        before = run(encoder(), padding)
+        model = adapt(encoder(), None)
+        adapted = run(model, padding)
+        for disabled in (False, True):  # the first call with names, and one while adapters are disabled
+            with model.disable_adapter() if disabled else contextlib.nullcontext(), torch.no_grad():
+                model(X, adapter_names=["default", "__base__", "default"])
+            with model.disable_adapter():
+                assert torch.equal(run(model, padding), before)
+        twin = copy.deepcopy(model)
+        for each in (model, twin):
+            with torch.no_grad():
+                mixed = each(X, adapter_names=["default", "__base__", "default"])
+                plain = each(X)
+            torch.testing.assert_close(mixed[0], plain[0])
+            assert not torch.allclose(mixed[1], plain[1], atol=1e-3)
+            assert torch.equal(run(each, padding), adapted)
+        unloaded = model.unload()
+        assert torch.equal(run(unloaded, padding), before)
+        assert not any(module._forward_pre_hooks for module in unloaded.modules())
+
     def test_one_layer_alone_may_be_adapted(self, padding, adapt):
         base = encoder()
         model = adapt(base, ["layers.1.linear1"])
         assert not torch.allclose(run(model, padding)[0], run(encoder(), padding)[0], atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("base", [encoder()[0].layers[0], encoder()[0]], ids=["layer", "encoder"])
+def test_an_encoder_of_torch_may_be_the_model_itself(base, adapt):
+    padding = {} if isinstance(base, nn.TransformerEncoderLayer) else {"src_key_padding_mask": PADDING}
+    with torch.no_grad():
+        before = base(X, **padding)
+        model = adapt(copy.deepcopy(base), ["linear1", "linear2"])
+        for _ in range(3):  # the first pass is special: it is watched
+            assert not torch.allclose(model(X, **padding)[0], before[0], atol=1e-3)
+        model(X, adapter_names=["default", "__base__", "default"])
+        with model.disable_adapter():
+            assert torch.allclose(model(X, **padding), before, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from .peft_private import BaseTunerLayer
 
@@ -17,7 +18,8 @@ class SlowPath:
 
     In eval mode such a layer hands the weights of its modules to one fused kernel, unless one of them has a hook, and
     the encoder around it turns padded batches into nested tensors. While adapters are enabled, the adapted module has
-    a hook that does nothing, and the encoder keeps padded batches as they are.
+    a hook that does nothing, and the encoder keeps padded batches as they are. While they are disabled it has no hook
+    of ours at all, so that the base's output is that of its own kernel.
 
     Args:
         layer: the layer that replaced the adapted module.
@@ -26,16 +28,27 @@ class SlowPath:
 
     def __init__(self, layer: nn.Module, encoder: nn.TransformerEncoder | None) -> None:
         self._layer, self._encoder = (layer,), (encoder,)
-        self._handle: Any = None
+        self._hooks: list[Any] = [_nothing]
+        self._handles: list[RemovableHandle] = []
+
+    def add_hook(self, hook: Any) -> None:
+        """Let the module have a forward pre-hook, with keyword arguments, while adapters are enabled."""
+        self._hooks.append(hook)
+        if self._handles:
+            self._handles.append(self._layer[0].register_forward_pre_hook(hook, with_kwargs=True))
+
+    def has_hook(self, kind: type) -> bool:
+        """Whether a hook of this class was added."""
+        return any(isinstance(each, kind) for each in self._hooks)
 
     def take(self, wanted: bool) -> None:
         """Take the slow path from now on, or leave the choice to PyTorch."""
         (layer,), (encoder,) = self._layer, self._encoder
-        if wanted and self._handle is None:
-            self._handle = layer.register_forward_pre_hook(_nothing)
-        elif not wanted and self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if wanted and not self._handles:
+            self._handles = [layer.register_forward_pre_hook(each, with_kwargs=True) for each in self._hooks]
+        elif not wanted:
+            while self._handles:
+                self._handles.pop().remove()
         if encoder is None:
             return
         if wanted and not hasattr(encoder, _OWN_SETTING):
@@ -65,8 +78,8 @@ def find_slow_path(model: nn.Module, name: str, layer: nn.Module) -> SlowPath | 
         name: of the module in its model.
         layer: what is put in its place.
     """
-    parents = [model.get_submodule(name[:i]) for i, letter in enumerate(name) if letter == "."]
-    if not parents or not isinstance(parents[-1], nn.TransformerEncoderLayer):
+    parents = [model, *(model.get_submodule(name[:i]) for i, letter in enumerate(name) if letter == ".")]
+    if not isinstance(parents[-1], nn.TransformerEncoderLayer):
         return None
     encoders = [each for each in parents if isinstance(each, nn.TransformerEncoder)]
     return SlowPath(layer, encoders[-1] if encoders else None)

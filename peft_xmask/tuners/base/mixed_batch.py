@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...errors import ConfigError
+from .layer import TargetLayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +39,17 @@ class MixedBatches:
 
     def __init__(self) -> None:
         self._hooked = False
+        self._of_root: RemovableHandle | None = None
 
     def forget_modules(self) -> None:
         """Look for modules again at the next call with names: the model has others now."""
         self._hooked = False
+
+    def leave(self) -> None:
+        """Take the hook from the root, which remains when its adapted modules are gone."""
+        if self._of_root is not None:
+            self._of_root.remove()
+        self._of_root, self._hooked = None, False
 
     @contextmanager
     def call(
@@ -55,7 +64,8 @@ class MixedBatches:
             beams: examples for each prompt.
         """
         if names is not None and not self._hooked:
-            _hook(root, _CheckBatch(self))
+            if self._of_root is None:
+                self._of_root = root.register_forward_pre_hook(_CheckBatch(self), with_kwargs=True)
             for module in modules:
                 _hook(module, _PassNames(self))
             self._hooked = True
@@ -114,7 +124,12 @@ class _CheckBatch(_Hook):
 
 
 def _hook(module: nn.Module, hook: Any) -> None:
-    if not any(isinstance(each, type(hook)) for each in module._forward_pre_hooks.values()):
+    """Register a forward pre-hook, unless the module has one of its class."""
+    slow_path = module.slow_path if isinstance(module, TargetLayer) else None
+    if slow_path is not None:
+        if not slow_path.has_hook(type(hook)):
+            slow_path.add_hook(hook)
+    elif not any(isinstance(each, type(hook)) for each in module._forward_pre_hooks.values()):
         module.register_forward_pre_hook(hook, with_kwargs=True)
 
 

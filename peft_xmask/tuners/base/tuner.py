@@ -218,6 +218,7 @@ class TargetTuner(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, TargetLayer) and module.slow_path is not None:
                 module.slow_path.take(False)
+        self._mixed_batches.leave()
         return super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
 
     @contextmanager
