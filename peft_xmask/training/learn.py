@@ -38,6 +38,8 @@ class ProfileLearning:
         steps: of the optimizer (Adam), each on a batch of the examples.
         batch_size: examples in a step; fewer examples are one batch.
         mask_learning_rate: learning rate of the mask logits.
+        prior_strength: over a fitted pool, the weight of the prior fitted with it, of which each example's loss has an
+            equal share. 0: no prior. Losses are taken as nats. Other pools have no prior.
         gain_factors: candidates for how far the profile deviates: its gains are multiplied by the factor that does best
             on examples that were left out, by the mean change of the loss plus one standard error. 0 is no deviation.
         example_loss: computes the loss of each example from a model's outputs and the batch. None:
@@ -50,6 +52,7 @@ class ProfileLearning:
     steps: int = 6
     batch_size: int = 32
     mask_learning_rate: float = 0.3
+    prior_strength: float = 1.0
     gain_factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
     example_loss: ExampleLoss | None = None
 
@@ -57,6 +60,8 @@ class ProfileLearning:
         for name in ("steps", "batch_size", "mask_learning_rate"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number above 0.")
+        if not 0 <= self.prior_strength < math.inf:
+            raise ConfigError(f"prior_strength={self.prior_strength!r} is invalid: expected a number of at least 0.")
         if not self.gain_factors or not all(0 <= factor < math.inf for factor in self.gain_factors):
             raise ConfigError(f"gain_factors={self.gain_factors!r} is invalid: expected numbers of at least 0.")
 
@@ -185,8 +190,16 @@ class Learner:
                 row_of, minlength=rows
             ).clamp_min(1)
             optimizer.zero_grad()
-            means.sum().backward()
+            (means.sum() + self._prior(pairs, rows)).backward()
             optimizer.step()
+
+    def _prior(self, pairs: list[tuple[int, int]], rows: int) -> Tensor:
+        """Minus the log prior of every row, by example that it learns from; zero where the pool has none."""
+        masks, strength = self._profiles.masks, self.settings.prior_strength
+        if masks.fitting is None or not strength:
+            return torch.zeros(())
+        counts = torch.bincount(torch.tensor([row for row, _ in pairs]), minlength=rows).clamp_min(1)
+        return (masks.minus_log_prior(torch.arange(rows)).cpu() * strength / counts).sum()
 
     def _factor(
         self, batch: dict[str, Tensor], states: Tensor | None, fold_of: Tensor, packed: tuple[Tensor, Tensor]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -127,6 +128,21 @@ class TrainingRun:
             self.settings.example_loss or partial(example_losses, causal=self.profiles.causal),
         )
 
+    @cached_property
+    def prior(self) -> Callable[[Tensor], Tensor] | None:
+        """Each example's share of its profile's minus log prior; None where the pool has none."""
+        masks, strength = self.profiles.masks, self.settings.prior_strength
+        if masks.fitting is None or not strength:
+            return None
+        counts = self.data.counts.clamp_min(1)
+
+        def of_examples(rows: Tensor) -> Tensor:
+            distinct, place = torch.unique(rows, return_inverse=True)
+            shares = masks.minus_log_prior(distinct) * strength / counts.to(rows.device)[distinct.clamp_min(0)]
+            return shares[place.to(shares.device)]
+
+        return of_examples
+
     def trainer(self, optimizer: Any, callbacks: list[Any], **changes: Any) -> ProfileTrainer:
         """A Trainer of the model on the examples.
 
@@ -140,6 +156,7 @@ class TrainingRun:
             train_dataset=self.data.dataset,
             optimizers=(optimizer, None),
             callbacks=[each for each in callbacks if shown or not isinstance(each, BarCallback)],
+            prior=self.prior,
             batch_sampler=self.sampler,
             **given,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +59,9 @@ class ProfileTraining:
             it. Offsets are computed, not trained: the most likely ones under a prior whose variance is chosen on the
             validation examples. They need a head that is trained before the profiles, or not at all.
         mask_learning_rate: learning rate of the mask logits.
+        prior_strength: over a fitted pool, the weight of the prior fitted with it: ``minus_log_prior / n`` is added to
+            the loss of each of a profile's n training examples, so that a profile stays near the common part until its
+            examples say otherwise. 0: no prior. Losses are taken as nats. Other pools have no prior.
         sampling_temperature: T above. 1 draws every example once an epoch; a higher T gives profiles with few examples
             more passes.
         max_passes: most passes over an example in one epoch.
@@ -82,6 +86,7 @@ class ProfileTraining:
     common_learning_rate: float = 1e-3
     offset: bool = False
     mask_learning_rate: float = 0.1
+    prior_strength: float = 1.0
     sampling_temperature: float = 2.0
     max_passes: float = 4.0
     patience: int | None = 3
@@ -90,13 +95,7 @@ class ProfileTraining:
     def __post_init__(self) -> None:
         if self.head is not None and self.head not in HEADS:
             raise ConfigError(f"head={self.head!r} is invalid: expected one of {', '.join(map(repr, HEADS))}.")
-        for name in _POSITIVE:
-            value = getattr(self.args, name, None) if name == "learning_rate" else getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value!r} is invalid: expected a number above 0.")
-        for name in ("sampling_temperature", "max_passes"):
-            if not getattr(self, name) >= 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number of at least 1.")
+        self._check_numbers()
         if self.patience is not None and self.patience < 1:
             raise ConfigError(f"patience={self.patience!r} is invalid: expected at least one evaluation, or None.")
         if self.common_size < 0 or self.common_epochs < 1 or not self.common_learning_rate > 0:
@@ -125,6 +124,17 @@ class ProfileTraining:
             raise ConfigError(
                 "FSDP and DeepSpeed are not supported: every process holds all rows of its profiles. Use DDP."
             )
+
+    def _check_numbers(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self.args, name, None) if name == "learning_rate" else getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value!r} is invalid: expected a number above 0.")
+        for name in ("sampling_temperature", "max_passes"):
+            if not getattr(self, name) >= 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected a number of at least 1.")
+        if not 0 <= self.prior_strength < math.inf:
+            raise ConfigError(f"prior_strength={self.prior_strength!r} is invalid: expected a number of at least 0.")
 
     @classmethod
     def of(cls, settings: ProfileTraining | None, changes: dict[str, Any]) -> ProfileTraining:

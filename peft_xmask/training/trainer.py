@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -34,11 +35,22 @@ class ProfileTrainer(Trainer):
 
     The loss of a batch of n examples is n / ``batch_size`` times its mean: what an example moves its profile by does
     not depend on how many others the batch has left, nor on the number of processes that it is divided among.
+
+    Args:
+        batch_sampler: of the batches.
+        prior: called with the rows of a batch's examples, ``[n]``; what it gives, ``[n]``, is added to their losses.
     """
 
-    def __init__(self, model: nn.Module, *args: Any, batch_sampler: ProfileBatchSampler, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *args: Any,
+        batch_sampler: ProfileBatchSampler,
+        prior: Callable[[Tensor], Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, *args, **kwargs)
-        self.batch_sampler = batch_sampler
+        self.batch_sampler, self.prior = batch_sampler, prior
         self.model_accepts_loss_kwargs = False  # means of batches, which the Trainer divides by the accumulation
         dense = [each for each in model.parameters() if each.requires_grad and not hasattr(each, "row_gradients")]
         if ranks.count() > 1 and not dense:
@@ -57,7 +69,10 @@ class ProfileTrainer(Trainer):
         """The model's loss, as far as the batch is full."""
         share = len(inputs["adapter_names"]) * ranks.count() / self.batch_sampler.batch_size
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return (found[0] * share, *found[1:]) if isinstance(found, tuple) else found * share
+        loss, *outputs = found if isinstance(found, tuple) else (found,)
+        if self.prior is not None:
+            loss = loss + self.prior(inputs["adapter_names"]).mean()
+        return (loss * share, *outputs) if outputs else loss * share
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches as the sampler says."""

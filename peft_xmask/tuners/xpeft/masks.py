@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ...core.masks import gain_weight, pick_rows, require, scaled_gain, select_top_k
 from ...core.packing import pack_bits, pack_halves, unpack_bits, unpack_halves
 from ...errors import ConfigError, MaskFormatError, PeftXMaskWarning
+from ...pool.directions import Fitting
 from ..base.state import PackedTensor, TrainableTensor, gathered, lazy_zeros
 from ..base.steps import count_steps, steps_taken
 from .cache import MixedAdapterCache, same_source
@@ -31,8 +32,20 @@ BASE = "__base__"
 
 REBUILT_LOGIT = 0.1
 INIT_STD = 0.01
+START_SPREAD = 1.0
+"""Size of the logits where profiles over a fitted pool start."""
 _BLOCK = 1024  # profiles that are packed at once
 _LOADING = threading.Lock()
+
+
+def starting_logits(spec: MaskSpec) -> Tensor:
+    """Logits where hard masks over a fitted pool start: the first ``top_k`` adapters are chosen. Shape ``[N]``.
+
+    They fall evenly from ``START_SPREAD`` to minus that, so that bits change one after another. At equal logits the
+    first step of Adam, which moves each by the learning rate, would set all bits at once, by the sign of one gradient.
+    """
+    place = torch.arange(spec.num_adapters, dtype=torch.float32)
+    return (spec.top_k - 0.5 - place) * (2 * START_SPREAD / spec.num_adapters)
 
 
 class Names(Protocol):
@@ -56,6 +69,7 @@ class AdapterMasks:
         logit_scale: logits are ``logit_scale`` times what is trained.
         temperature: of the softmax, or of the estimator's surrogate.
         gumbel_noise: size of the noise on logits in training.
+        fitting: of the pool, if it was fitted: where hard masks start, and the prior of how far they go.
 
     Attributes:
         logits, gain: modules with what is trained; None if the adapter, or its gain, is not trained.
@@ -75,7 +89,10 @@ class AdapterMasks:
         logit_scale: float,
         temperature: float,
         gumbel_noise: float,
+        fitting: Fitting | None = None,
     ) -> None:
+        self.fitting = fitting
+        self._start = starting_logits(spec) if fitting is not None and spec.mask_type == "hard" else None
         self.name, self.spec = name, spec
         self.logit_scale, self.temperature, self.gumbel_noise = logit_scale, temperature, gumbel_noise
         self.names: Names | None = None
@@ -102,14 +119,15 @@ class AdapterMasks:
             ) from error
 
     def _start_training(self) -> None:
-        """The masks of one profile start at random (torch's generator).
+        """The masks of one profile start at random (torch's generator), unless the pool was fitted.
 
         Of several, all start from the first ``top_k`` adapters (logits of zero): no start is better than another, and a
         head that they share sees one model at first. Memory is taken row by row, as profiles are trained.
         """
         count_steps()
         spec, rows, width = self.spec, self.spec.num_profiles, math.prod(self.spec.logits_shape[1:])
-        drawn = torch.randn(1, width) * (INIT_STD / self.logit_scale) if rows == 1 else lazy_zeros(rows, width)
+        random = rows == 1 and self._start is None
+        drawn = torch.randn(1, width) * (INIT_STD / self.logit_scale) if random else lazy_zeros(rows, width)
         self.logits = TrainableTensor(drawn)
         self.bits = PackedTensor(lazy_zeros(*spec.bits_shape, dtype=torch.uint8))
         if spec.learn_gain:
@@ -306,13 +324,50 @@ class AdapterMasks:
 
     def _from_logits(self, rows: Tensor | None, now: ForwardPass) -> RowMasks:
         assert self.logits is not None
-        logits = pick_rows(self.logits.weight, rows).float().unflatten(1, self.spec.logits_shape[1:])
+        logits = self._from_start(pick_rows(self.logits.weight, rows).float().unflatten(1, self.spec.logits_shape[1:]))
         gain = None if self.gain is None else pick_rows(self.gain.weight, rows).float()
         if self._is_noisy(now):
             logits = logits + self._noise(logits, now) / self.logit_scale
         elif not now.table.training:
             require(logits.isfinite().all(), MaskFormatError(self._not_finite()))
         return masks_from_logits(self.spec, logits, gain, temperature=self.temperature, logit_scale=self.logit_scale)
+
+    def _from_start(self, logits: Tensor, sign: int = 1) -> Tensor:
+        """What is trained, ``[..., N]``, plus (or with ``sign=-1`` minus) the logits where a profile starts."""
+        if self._start is None:
+            return logits
+        if self._start.device != logits.device and not logits.is_meta:
+            self._start = self._start.to(logits.device)
+        return logits if logits.is_meta else logits + self._start * (sign / self.logit_scale)
+
+    def minus_log_prior(self, rows: Tensor) -> Tensor:
+        """How unlikely the masks of rows are under the prior of a fitted pool, in nats, shape ``[R]``.
+
+        ``sum_k c_k^2 / 2``, averaged over sites and projections, where ``c = g m @ coefficients`` is standard normal
+        for the groups that the pool was fitted to. Averaged, because a group's deviations at all sites belong
+        together: they count as one draw of K numbers, not as one for each site.
+
+        Args:
+            rows: long ``[R]``; -1 gives 0.
+
+        Raises:
+            ConfigError: the adapter is not trained, or its pool was not fitted.
+        """
+        if self.fitting is None or self.logits is None:
+            raise ConfigError(f"Adapter '{self.name}' has no prior: expected one in training, over a fitted pool.")
+        logits = pick_rows(self.logits.weight, rows).float().unflatten(1, self.spec.logits_shape[1:])
+        gain = None if self.gain is None else pick_rows(self.gain.weight, rows).float()
+        masks = masks_from_logits(
+            self.spec,
+            self._from_start(logits),
+            gain,
+            temperature=self.temperature,
+            logit_scale=self.logit_scale,
+        )
+        weights = masks.mask * masks.gain[:, None, :, None]
+        own = weights @ self.fitting.coefficients.to(weights.device)
+        found: Tensor = own.square().sum(-1).mean((1, 2)) / 2 * (rows >= 0).to(weights.device)
+        return found
 
     def _from_bits(self, rows: Tensor | None) -> RowMasks:
         bits = pick_rows(self.bits.weight, rows)
@@ -405,7 +460,7 @@ class AdapterMasks:
             parts = [self.pack(*part) for part in zip(logits.split(_BLOCK), gains, strict=True)]
             return torch.cat([bits for bits, _ in parts]), torch.cat([gain_bits for _, gain_bits in parts])
         spec, scale = self.spec, self.logit_scale
-        logits = logits.float().view(-1, *spec.logits_shape[1:])
+        logits = self._from_start(logits.float().view(-1, *spec.logits_shape[1:]))
         if not logits.is_meta and not (logits.isfinite().all() and (gain is None or gain.isfinite().all())):
             raise MaskFormatError(self._not_finite())
         if spec.mask_type == "hard":
@@ -427,6 +482,7 @@ class AdapterMasks:
         spec, scale = self.spec, self.logit_scale
         if spec.mask_type == "hard":
             logits = (unpack_bits(bits, spec.num_adapters).float() * 2 - 1) * (REBUILT_LOGIT / scale)
+            logits = self._from_start(logits, sign=-1)
         else:
             logits = unpack_halves(bits) * (self.temperature / scale)
         gain = None if gain_bits is None else gain_weight(unpack_halves(gain_bits)[..., 0], spec.scale, scale)

@@ -116,6 +116,7 @@ class XPEFTModel(SiteTuner):
             logit_scale=config.logit_scale,
             temperature=config.temperature,
             gumbel_noise=config.gumbel_noise,
+            fitting=None if self._injection.pool is None else self._injection.pool.fitting,
         )
         self.table.add(masks)
         if self._injection.copied_from is not None:  # trl's reference adapter, for which it copies parameters only
