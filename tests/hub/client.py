@@ -10,7 +10,7 @@ from huggingface_hub.constants import HF_HUB_OFFLINE
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from peft_xmask import AdapterPool, BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
 
@@ -28,6 +28,8 @@ ADAPTERS = {
     "over a pool": ("ann/over-pool", {}),
     "over a pool on a branch": ("ann/over-branch", {}),
     "over a pool in a subfolder": ("ann/over-subfolder", {}),
+    "around a common part": ("ann/over-common", {}),
+    "over a fitted pool": ("ann/over-fitted", {}),
 }
 POOLS = {
     "pool": ("ann/pool", {}),
@@ -35,6 +37,8 @@ POOLS = {
     "pool in a subfolder": ("ann/pools", {"subfolder": "some/larger"}),
     "random pool": ("ann/random-pool", {}),
     "pool that was another": ("ann/private-pool", {}),
+    "pool with a common part": ("ann/common-pool", {}),
+    "fitted pool": ("ann/fitted-pool", {}),
 }
 
 
@@ -112,8 +116,25 @@ def push_pools(folder: Path) -> dict[str, str]:
     larger.push_to_hub("ann/private-pool", private=True)
     random.push_to_hub("private-pool")
     assert random.name_or_path == "ann/private-pool"
-    pools = [first, larger, larger, random, random]
+    common = random.with_common(folder / "source-0")
+    common.push_to_hub("ann/common-pool")
+    fitted = fit(folder / "fitting")
+    fitted.push_to_hub("ann/fitted-pool")
+    pools = [first, larger, larger, random, random, common, fitted]
     return {name: pool.fingerprint for name, pool in zip(POOLS, pools, strict=True)}
+
+
+def fit(folder: Path) -> AdapterPool:
+    """A pool fitted to three people, in a few steps."""
+    rows = torch.randint(1, 60, (24, 5), generator=torch.Generator().manual_seed(0)).tolist()
+    data = [
+        {"input_ids": ids, "attention_mask": [1] * 5, "labels": (ids[0] + place) % 3, "user": "abc"[place % 3]}
+        for place, ids in enumerate(rows)
+    ]
+    args = TrainingArguments(str(folder), num_train_epochs=1, learning_rate=1e-2, report_to=[], use_cpu=True)
+    return AdapterPool.fit(
+        base(), data, args=args, config=bottleneck(), size=12, group_steps=3, min_examples=2, progress=False
+    )
 
 
 def push_over_pools() -> dict[str, Tensor]:
@@ -121,6 +142,8 @@ def push_over_pools() -> dict[str, Tensor]:
         "over a pool": "ann/pool",
         "over a pool on a branch": AdapterPool.from_pretrained("ann/pool", revision="larger"),
         "over a pool in a subfolder": AdapterPool.from_pretrained("ann/pools", subfolder="some/larger"),
+        "around a common part": "ann/common-pool",
+        "over a fitted pool": "ann/fitted-pool",
     }
     expected = {}
     for name, pool in pools.items():

@@ -10,7 +10,8 @@ from safetensors.torch import load, load_file
 CLIENT = Path(__file__).parent / "client.py"
 ADAPTERS = (
     "xpeft", "xpeft on a branch", "private", "bottleneck", "masked", "biases", "default of two", "other of two",
-    "over a pool", "over a pool on a branch", "over a pool in a subfolder",
+    "over a pool", "over a pool on a branch", "over a pool in a subfolder", "around a common part",
+    "over a fitted pool",
 )  # fmt: skip
 POOLS = {
     "pool": "ann/pool",
@@ -18,6 +19,8 @@ POOLS = {
     "pool in a subfolder": "ann/pools/some/larger",
     "random pool": "ann/random-pool",
     "pool that was another": "ann/private-pool",
+    "pool with a common part": "ann/common-pool",
+    "fitted pool": "ann/fitted-pool",
 }
 
 
@@ -56,7 +59,24 @@ def test_a_config_names_the_pool_with_its_revision_and_subfolder(pushed, hub):
         "ann/over-pool": "ann/pool",
         "ann/over-branch": "ann/pool@larger",
         "ann/over-subfolder": "ann/pools/some/larger",
+        "ann/over-common": "ann/common-pool",
+        "ann/over-fitted": "ann/fitted-pool",
     }
+
+
+def test_a_common_part_is_pushed_with_its_pool_and_costs_a_profile_nothing(pushed, hub):
+    """Of a pool that is otherwise a seed, it is all of the tensor file."""
+    for name, inside in (("ann/common-pool", False), ("ann/fitted-pool", True)):
+        files = hub.repos[name].files("main")
+        assert set(files) == {"README.md", "pool.json", "pool.safetensors"}
+        assert json.loads(files["pool.json"])["common"]["inside"] is inside
+        assert "common part" in files["README.md"].decode()
+    assert all(
+        key.startswith("common/") for key in load(hub.repos["ann/common-pool"].files("main")["pool.safetensors"])
+    )
+    assert "| groups | 3 |" in hub.repos["ann/fitted-pool"].files("main")["README.md"].decode()
+    for name in ("ann/over-common", "ann/over-fitted"):
+        assert len(hub.repos[name].files("main")["adapter_model.safetensors"]) < 1200
 
 
 def test_a_random_pool_leaves_no_tensors_of_the_pool_it_replaces(pushed, hub):

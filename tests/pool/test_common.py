@@ -7,8 +7,10 @@ from torch import nn
 
 from peft_xmask import AdapterPool, BottleneckConfig, ProfileBank, XPEFTConfig, export_lora
 from peft_xmask.core.adapter import adapt
+from peft_xmask.core.masks import hard_mask, mix
+from peft_xmask.core.sites import Site
 from peft_xmask.errors import ConfigError, FileFormatError, PoolMismatchError
-from tests.pool.conftest import FFN_OUTPUTS, tiny_bert
+from tests.pool.conftest import FFN_OUTPUTS, WIDTH, tiny_bert
 
 BATCH = {"input_ids": torch.arange(1, 13).view(3, 4)}
 
@@ -131,6 +133,19 @@ def test_centring_changes_what_masks_say_and_not_what_they_can(folders):
     signed = with_masks(centred)
     assert signed.peft_config["default"].scale == 1.0
     assert not torch.allclose(run(signed, adapter_names=[0, 1, 2]), run(mean), atol=1e-3)
+
+
+def test_a_signed_mask_is_as_far_from_the_mean_as_the_adapters_are(folders, make_bottleneck):
+    """Which is why the gain over a centred pool starts at 1; exactly, sqrt(N / (N - 1)) as far."""
+    more = [make_bottleneck(f"adapter {i}", seed=i, activation="gelu")[0] for i in range(4, 20)]
+    pool = AdapterPool.from_adapters([*folders, *more], centre=True)
+    part = pool.bind([Site(name, WIDTH, WIDTH) for name in FFN_OUTPUTS])[0]
+    generator = torch.Generator().manual_seed(0)
+    masks = hard_mask(torch.randn(300, 20, generator=generator), 10, estimator="sigmoid", weighting="signed")
+    for tensor in (part.down, part.up, part.up_bias):
+        sizes = tensor.flatten(1).norm(dim=1).square().mean().sqrt()
+        mixed = mix(masks, tensor).flatten(1).norm(dim=1).square().mean().sqrt()
+        assert mixed / sizes == pytest.approx((20 / 19) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("kind", ["random", "centred", "beside trained"])

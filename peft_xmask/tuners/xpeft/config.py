@@ -29,7 +29,11 @@ FORMER_WEIGHTINGS = {"signs": "signed"}
 FORMER_ESTIMATORS = {"identity": "straight_through"}
 """Values in files of earlier versions, by what they are called now."""
 CENTRED_SCALE = 1.0
-"""Gain of deviations from a common adapter: signed deviations are together as large as one of them."""
+"""Gain of deviations from a common adapter.
+
+Weights of +-1 / sqrt(N) make a mix of N deviations as large as one of them (a test measures it), so a profile can be as
+far from the mean as the adapters of the pool are. A fitted pool's directions are scaled for this gain.
+"""
 RANDOM_SCALE = 0.3
 STEERABLE = 40.0
 """Over a random pool the gain is ``STEERABLE / N`` if that is below ``RANDOM_SCALE``."""
