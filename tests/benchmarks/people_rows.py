@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from people_data import INNER, WIDTH
+from people_grown import grown_pool
 from people_methods import Lora, Masks, Vector, principal_pool, random_pool
 
 PRIORS = [(variance, slope) for slope in (0.0, 0.1, 0.3) for variance in (0.1, 0.3, 1.0, 3.0)]
@@ -54,6 +55,15 @@ def principal(number, width, rates=(0.1,), **layers):
     )
 
 
+def others(**how):
+    """Masks over a pool of other people's adapters, from zero."""
+
+    def pool(bench, part):
+        return grown_pool(bench, part, lambda number, width: random_pool(number, width, bench.seed), **how)
+
+    return Row(make=partial(Masks, zero=True), pool=pool, rates=(0.1,))
+
+
 OFFSETS = {
     "no text + offset": Row(common=None, slope=False),
     "base + offset": Row(common=False, slope=False),
@@ -85,4 +95,8 @@ ROWS = {
     "base + masks 104 x 12 from zero": masks(104, 12, common=False, offset=False),
     f"{OWN}masks 104 x 3 from zero": masks(104, 3),
     f"{OWN}masks 104 x 48 from zero": masks(104, 48),
+    f"{OWN}masks, others' adapters x 12": others(),
+    f"{OWN}masks, others' adapters cut to x 3": others(width=3),
+    f"{OWN}masks, others' adapters cut to x 3, centred": others(width=3, centred=True),
+    f"{OWN}masks, others' adapters and 86 random x 12": others(more=86),
 }

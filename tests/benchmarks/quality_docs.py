@@ -1,9 +1,9 @@
-"""Draws the tables of the documentation from the kept lines of the quality benchmark and of the one on people.
+"""Draws the tables of the documentation from the stored results of the benchmarks quality, people and grpo.
 
-A table follows a comment that says which it is: ``<!-- quality.py --tasks TASK ... --methods METHOD ... -->``, with
-``--losses`` if it has them, or ``<!-- people.py --set SET --rows ROW ... -->``, with ``--measure 1`` for accuracy and
-``--adds`` for what each row adds to the layers below it. With ``--check`` nothing is written, and the exit status is 1
-if a table is not what the lines say.
+A table follows a comment that names its script and rows: ``<!-- quality.py --tasks TASK ... --methods METHOD ... -->``,
+with ``--losses`` to include losses; ``<!-- people.py --set SET --rows ROW ... -->``, with ``--measure 1`` for accuracy
+and ``--adds`` for what each row adds to the layers below it; or ``<!-- grpo.py REWARD -->``. ``--check`` writes nothing
+and exits with status 1 if a table differs from the results.
 """
 
 import argparse
@@ -12,16 +12,17 @@ import shlex
 import sys
 from pathlib import Path
 
+import grpo_report
 import people_report
 from quality_choice import wanted
 from quality_report import markdown
 
-TABLE = re.compile(r"<!-- (?P<script>quality|people)\.py (?P<said>[^>]*?) -->\n\n(?P<table>(?:\|.*\n)*)")
+TABLE = re.compile(r"<!-- (?P<script>quality|people|grpo)\.py (?P<said>[^>]*?) -->\n\n(?P<table>(?:\|.*\n)*)")
 
 
 def drawn(script, said):
     """The table that a comment asks for."""
-    return (drawn_people if script == "people" else drawn_quality)(said) + "\n"
+    return {"people": drawn_people, "quality": drawn_quality, "grpo": grpo_report.markdown}[script](said) + "\n"
 
 
 def drawn_people(said):
