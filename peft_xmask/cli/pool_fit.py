@@ -49,6 +49,7 @@ def fit(
     import torch
     from transformers import TrainingArguments
 
+    from ..errors import ConfigError
     from ..people.table import PeopleTable
     from ..pool.storage import JSON_FILE
     from ..training.fit_pool import fit_pool
@@ -57,6 +58,11 @@ def fit(
     from .console import new_folder
     from .pool import save
 
+    if task is Task.causal_lm:
+        raise ConfigError(
+            "--task causal-lm is not offered by `pool fit`. Expected classification, regression or multi-label. For a "
+            "language model, use `peft-xmask personalize --task causal-lm --pool fit`."
+        )
     folder = new_folder(out, JSON_FILE)
     working = Path(f"{out}-run")
     with progress_bar("reading the table"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,10 +22,11 @@ from ..integrations.pooled_classifier import (
     load_classifier,
     load_tokenizer,
 )
+from ..pool import AdapterPool
 from ..tuners.base.classifier import Classifier
 from .common import SharedStates, fit_head
 from .examples import PeopleExamples, Row, by_length, inputs_of
-from .masks import train_masks
+from .masks import fit_directions, train_masks
 from .offsets import choose_variance, fit_offsets, losses, without_offsets
 from .report import Layer, few_of, layer_of
 from .settings import Execution, PersonalizeSettings
@@ -82,6 +84,18 @@ class ClassifierRun:
     def people(self) -> list[str]:
         """Names of those who get a profile."""
         return self.examples.people
+
+    def fit_pool(self, how: Execution) -> AdapterPool:
+        """A pool fitted to these people. The head that is trained with it is not kept: another one is fitted."""
+        return fit_directions(
+            copy.deepcopy(self.model),
+            self.examples,
+            "SEQ_CLS",
+            self.settings,
+            how,
+            processing_class=self.tokenizer,
+            example_loss=_multi_label_losses if self.table.task == "multi-label" else None,
+        )
 
     def train(self, how: Execution) -> ProfileBank:
         """Train the head, the offsets and the masks, and keep the masks at the strength that validation favours."""

@@ -21,8 +21,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..bank.bank import ProfileBank
 from ..errors import ConfigError
 from ..integrations.pooled_classifier import load_tokenizer
+from ..pool import AdapterPool
 from .examples import PeopleExamples, Row
-from .masks import train_masks
+from .masks import fit_directions, train_masks
 from .report import Layer, few_of, layer_of
 from .settings import Execution, PersonalizeSettings
 from .strength import choose_strength
@@ -67,6 +68,11 @@ class LanguageRun:
     def people(self) -> list[str]:
         """Names of those who get a profile."""
         return self.examples.people
+
+    def fit_pool(self, how: Execution) -> AdapterPool:
+        """A pool fitted to these people."""
+        collator = DataCollatorForTokenClassification(self.tokenizer)
+        return fit_directions(self.model, self.examples, "CAUSAL_LM", self.settings, how, data_collator=collator)
 
     def train(self, how: Execution) -> ProfileBank:
         """Train the common adapter and the masks, and keep the masks at the strength that validation favours."""

@@ -1,4 +1,4 @@
-"""Training of everybody's masks: what runs of all tasks have in common."""
+"""Training of everybody's masks, and of the pool that they choose from: what runs of all tasks have in common."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from ..errors import ConfigError, PeftXMaskError
 from ..pool import AdapterPool
+from ..training.fit_pool import fit_pool
+from ..training.pool_settings import PoolFitting
 from ..training.train import train_profiles
 from ..training.trained_bank import TrainedBank
+from ..tuners.bottleneck import BottleneckConfig
 from ..tuners.xpeft import XPEFTConfig
+from .examples import PeopleExamples
 from .settings import Execution, PersonalizeSettings
 
 
@@ -56,15 +60,69 @@ def train_masks(
     )
 
 
+def fit_directions(
+    model: PreTrainedModel,
+    examples: PeopleExamples,
+    task_type: str,
+    settings: PersonalizeSettings,
+    how: Execution,
+    **changes: Any,
+) -> AdapterPool:
+    """A pool fitted to these people: what they share, and the directions in which those with most examples differ.
+
+    Args:
+        model: the base with a head; it is not modified.
+        examples: of the people.
+        task_type: PEFT's.
+        settings: of the profiles.
+        how: of the run.
+        changes: further fields of :class:`~peft_xmask.training.pool_settings.PoolFitting`.
+
+    Raises:
+        ConfigError: fewer than two people have examples to learn from.
+    """
+    width = {"bottleneck_size": settings.bottleneck_size, "task_type": task_type}
+    fields = PoolFitting.__dataclass_fields__["min_examples"]
+    counts = sorted(examples.labels.values())
+    args = TrainingArguments(
+        output_dir=str(how.folder), per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=64,
+        num_train_epochs=settings.common_epochs, learning_rate=1e-3, save_strategy="epoch", save_total_limit=2,
+        seed=settings.seed, report_to=[], use_cpu=not torch.cuda.is_available(), logging_strategy="no",
+    )  # fmt: skip
+    found = fit_pool(
+        model,
+        examples.rows["train"],
+        PoolFitting(
+            config=BottleneckConfig(**width, **last_blocks(model, settings.layers)),
+            args=args,
+            size=settings.num_adapters,
+            min_examples=max(settings.min_labels, min(int(fields.default), counts[-2] if len(counts) > 1 else 1)),
+            group_steps=settings.group_steps,
+            group_head="shared",
+        ),
+        validation=examples.rows["validation"] or None,
+        resume=how.resume,
+        progress=how.progress,
+        **changes,
+    )
+    found.pool.save_pretrained(how.folder / "pool")
+    return found.pool
+
+
 def mask_config(model: PreTrainedModel, task_type: str, settings: PersonalizeSettings, how: Execution) -> XPEFTConfig:
     """The adapter of all people: a random pool in the last blocks, or the given pool where it belongs."""
     if how.pool is not None:
         return XPEFTConfig(task_type=task_type, learn_gain=True, pool=how.pool)
     chosen: dict[str, Any] = {"num_adapters": settings.num_adapters, "bottleneck_size": settings.bottleneck_size}
+    return XPEFTConfig(task_type=task_type, learn_gain=True, **chosen, **last_blocks(model, settings.layers))
+
+
+def last_blocks(model: PreTrainedModel, layers: int | None) -> dict[str, Any]:
+    """``layers_to_transform`` of a config that adapts the last blocks; empty: all."""
     blocks = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if settings.layers is not None and blocks is not None:
-        chosen["layers_to_transform"] = list(range(max(0, blocks - settings.layers), blocks))
-    return XPEFTConfig(task_type=task_type, learn_gain=True, **chosen)
+    if layers is None or blocks is None:
+        return {}
+    return {"layers_to_transform": list(range(max(0, blocks - layers), blocks))}
 
 
 def check_pool(pool: AdapterPool, model: PreTrainedModel, base: str) -> None:

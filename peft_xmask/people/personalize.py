@@ -61,8 +61,10 @@ def personalize(
         out: folder of the bank; an earlier bank there is replaced when all is trained. ``OUT-run`` beside it holds the
             checkpoints until then.
         settings: None: the defaults.
-        pool: ``"random"``, a saved pool's folder or Hub id, or a pool. A pool's common part is used as it is. Unless it
-            is random, the pool is saved with the bank, so that the folder needs nothing but the base.
+        pool: ``"random"``; ``"fit"``, to fit one to these people first
+            (:func:`~peft_xmask.training.fit_pool.fit_pool`); a saved pool's folder or Hub id; or a pool. A pool's
+            common part is used as it is. Unless it is random, the pool is saved with the bank, so that the folder needs
+            nothing but the base.
         ray: train with so many Ray workers on this machine, each a part of the people. The result depends on the
             number, but not on which worker trained what.
         resume: continue an interrupted run from its last checkpoint; the bank is the same, byte for byte.
@@ -79,15 +81,18 @@ def personalize(
     told = step or (lambda _: None)
     started = time.perf_counter()
     directions = pool if isinstance(pool, AdapterPool) else None
-    if directions is None and pool != "random":
+    if directions is None and pool not in ("random", "fit"):
         directions = AdapterPool.from_pretrained(str(pool))
     told("reading the texts with the base model")
     kind = LanguageRun if table.task == CAUSAL_LM else ClassifierRun
     run: LanguageRun | ClassifierRun = kind.prepare(base, table, settings)
+    folder = Path(f"{Path(out)}-run")
     if directions is not None:
         check_pool(directions, run.model, str(base))
+    elif pool == "fit":
+        told("fitting a pool to the people")
+        directions = run.fit_pool(Execution(folder / "fit", None, None, resume, progress))
     told(f"training the common part and the profiles of {len(run.people):,} people")
-    folder = Path(f"{Path(out)}-run")
     bank = run.train(Execution(folder, directions, ray, resume, progress))
     told("comparing the layers on held-out examples")
     layers, few = run.layers(bank)

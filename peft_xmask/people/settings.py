@@ -26,6 +26,7 @@ class PersonalizeSettings:
         common_size: width of the adapter that all people share, for a language model whose pool has none; 0: none.
             For other tasks the common part is a head.
         common_epochs: passes over the data for that adapter; the best by validation is kept.
+        group_steps: steps of each person's adapter when a pool is fitted (``pool="fit"``).
         seed: of the masks' start, the order of the data and dropout.
 
     Raises:
@@ -43,11 +44,12 @@ class PersonalizeSettings:
     min_labels: int = 3
     common_size: int = 16
     common_epochs: int = 10
+    group_steps: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:
         least = {"max_length": 3, "num_adapters": 2, "bottleneck_size": 1, "batch_size": 1, "min_labels": 1}
-        least |= {"common_size": 0, "common_epochs": 1}
+        least |= {"common_size": 0, "common_epochs": 1, "group_steps": 1}
         for name, value in least.items():
             if getattr(self, name) < value:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is invalid: expected at least {value}.")

@@ -135,6 +135,16 @@ def test_a_pool_with_a_common_part_is_used_and_not_trained_again(written, storie
         personalize(stories, table, tmp_path / "no", settings, pool=str(tmp_path / "none"))
 
 
+def test_a_pool_is_fitted_to_the_texts_of_people(stories, texts, settings, tmp_path):
+    table = PeopleTable.read(str(texts), task="causal-lm")
+    changed = PersonalizeSettings(**{**settings.__dict__, "group_steps": 20, "epochs": 1.0})
+    done = personalize(stories, table, tmp_path / "bank", changed, pool="fit")
+    layers = {layer.name: layer.overall for layer in done.report.layers}
+    assert layers["common part"] < layers["base model"] - 0.3
+    mine, other = Writer.from_pretrained(tmp_path / "bank").score([TEXT] * 2, WHO)
+    assert mine.nats_per_token <= other.nats_per_token
+
+
 def test_a_base_or_a_bank_of_another_kind_is_refused(written, texts, settings, minilm, tmp_path):
     table = PeopleTable.read(str(texts), task="causal-lm")
     with pytest.raises(ConfigError, match=r"cannot continue texts.*BertModel"):

@@ -106,6 +106,20 @@ def test_a_pools_common_part_is_under_the_head(minilm, people_table, small, tmp_
     assert moved == predictor.predict([TEXT], "ann")[0]
 
 
+def test_a_pool_is_fitted_to_the_people(minilm, people_table, small, tmp_path):
+    settings = PersonalizeSettings(**{**small.__dict__, "common_epochs": 2, "group_steps": 4})
+    done = personalize(minilm, people_table, tmp_path / "bank", settings, pool="fit")
+    (folder,) = (tmp_path / "bank").glob("pool-*")
+    pool = AdapterPool.from_pretrained(folder)
+    assert (pool.num_adapters, pool.fingerprint) == (16, done.bank.config.pool_fingerprint)
+    assert pool.common is not None
+    layers = {layer.name: layer.overall for layer in done.report.layers}
+    assert layers["+ offset"] < layers["common part"]
+    ann, bob, nobody = Predictor.from_pretrained(tmp_path / "bank").predict([TEXT] * 3, ["ann", "bob", None])
+    assert bob.value < nobody.value < ann.value
+    assert not (tmp_path / "bank-run").exists()
+
+
 def test_every_unusable_cell_is_named_before_the_base_is_looked_for(tmp_path):
     rows = [{"text": f"text {n}", "label": n, "user": "ann"} for n in range(6)]
     rows[1]["label"], rows[4]["text"] = "x", None
