@@ -116,7 +116,7 @@ def lora_each(predictor, parts, rate):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--people", type=int, default=1000)
-    parser.add_argument("--loras", type=int, default=60, help="people who also get a LoRA each")
+    parser.add_argument("--loras", type=int, default=60, help="people who also get a LoRA each; 0: nobody")
     parser.add_argument("--data", type=Path, default=DATA / "movietweetings-users")
     parser.add_argument("--epochs", type=float, help="passes for the masks; default: the command's")
     options = parser.parse_args()
@@ -135,7 +135,7 @@ def main():
         predictor = Predictor.from_pretrained(bank)
         table = PeopleTable.read(str(path), text="film", label="rating", who="person", task="regression")
         real = [name for name in table.people if name.startswith("rater-")]
-        chosen = real[:: max(1, len(real) // options.loras)][: options.loras]
+        chosen = real[:: max(1, len(real) // max(1, options.loras))][: options.loras]
         parts = [
             {part: [each for each in rows if each.who == name] for part, rows in table.parts.items()} for name in chosen
         ]
@@ -144,9 +144,13 @@ def main():
             answer.value for answer in predictor.predict([each.text for each in tested], [each.who for each in tested])
         ]
         common = [answer.value for answer in predictor.predict([each.text for each in tested])]
-        ours = sum(errors(answers, tested)) / len(tested)
-        shared = sum(errors(common, tested)) / len(tested)
-        tried = {rate: lora_each(predictor, parts, rate) for rate in RATES}
+        ours = sum(errors(answers, tested)) / max(1, len(tested))
+        shared = sum(errors(common, tested)) / max(1, len(tested))
+        tried = {rate: lora_each(predictor, parts, rate) for rate in RATES} if options.loras else {}
+    facts = {"people": options.people, "minutes": round(minutes, 2), "cpu_seconds": round(busy, 1), "report": report}
+    print_json({**facts, "load_average": load_average()})
+    if not tried:
+        return
     rate = min(tried, key=lambda each: tried[each][1]["validation"])
     seconds, found = tried[rate]
     hourly = {"bank": 3600 * options.people / busy, "LoRA each": 3600 * len(chosen) / seconds}
