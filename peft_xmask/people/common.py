@@ -1,4 +1,4 @@
-"""What all people share: one head on the base's mean hidden states, found from everybody's examples at once."""
+"""The common part: one head on the base's mean hidden states, fitted to everybody's examples."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .examples import Row, by_length, inputs_of
 from .offsets import losses
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
-"""Weights of the squared norm of the head that are tried, for features of unit variance."""
+"""Candidates for the weight of the head's squared norm, for features of unit variance."""
 
 
 class SharedStates:
@@ -76,13 +76,13 @@ def fit_head(
     train: tuple[Tensor, Tensor, Tensor],
     held_out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Give the model the head with the lowest loss on held-out examples, over the penalties that are tried.
+    """Fit a head for each penalty, and give the model the one with the lowest loss on held-out examples.
 
     Args:
         model: whose ``classifier`` is set.
         task: see :func:`~peft_xmask.people.offsets.losses`.
         train: states ``[n, d]``, targets, and what is added to the outputs of each example, ``[n, C]``.
-        held_out: the same of other examples; without any, the largest penalty but one is taken.
+        held_out: the same for other examples; if there are none, the second largest penalty is used.
     """
     states, targets, added = train
     mean, scale = states.mean(0), states.std(0).clamp_min(1e-6)

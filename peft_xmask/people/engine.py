@@ -1,4 +1,4 @@
-"""The one thread that works for a server: batches of waiting texts, and changes of the bank between them."""
+"""The server's model and the thread that runs it: batches of waiting texts, and changes of the bank between batches."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ from .predictor import Prediction, Predictor
 
 log = logging.getLogger("uvicorn.error")
 Asked = tuple[str, str | None]
-"""A text, and as whose it is answered."""
+"""A text, and the name of the person to answer for."""
 
 
 class OverloadedError(PeftXMaskError):
-    """More texts wait than a server takes."""
+    """Too many texts are waiting already."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Limits and habits of a server.
+    """Limits and timing of a server.
 
     Attributes:
-        api_key: that requests must send, as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``; None: none. ``/``,
-            ``/health`` and ``/metrics`` need none.
-        max_batch: texts in one forward pass.
-        max_wait: seconds that a batch which is not full waits for more.
-        max_waiting: texts that may wait; more are refused with status 503.
-        max_texts: in one request.
-        max_characters: of one text.
-        max_examples: to learn a person from.
-        max_body: bytes of a request's body.
-        watch: seconds between looks for a new version of a bank in a folder.
-        cache_bytes: for mixed adapters of people who were asked for lately.
+        api_key: key that requests must send, as ``Authorization: Bearer KEY`` or ``X-API-Key: KEY``; None: no key is
+            needed. ``/``, ``/about``, ``/health`` and ``/metrics`` never need one.
+        max_batch: most texts in a forward pass.
+        max_wait: seconds that a batch which is not full waits for more texts.
+        max_waiting: most texts that may wait; further requests are refused with status 503.
+        max_texts: most texts in a request.
+        max_characters: most characters in a text.
+        max_examples: most examples to learn a person from.
+        max_body: most bytes in the body of a request.
+        watch: seconds between two checks for a new version of the bank.
+        cache_bytes: memory for the mixed adapters of the people who were asked for last.
 
     Raises:
         ConfigError: a limit below 1.
@@ -70,7 +70,7 @@ class ServerSettings:
 
 
 class Engine:
-    """The model, its bank, and the thread that works for it."""
+    """The model, its bank, and the thread that runs the model."""
 
     def __init__(
         self,
@@ -90,12 +90,12 @@ class Engine:
 
     @property
     def live(self) -> LivePredictor | None:
-        """The predictor, if people can be learnt and forgotten."""
+        """The predictor, if it can learn and forget people; otherwise None."""
         return self.predictor if isinstance(self.predictor, LivePredictor) else None
 
     @property
     def people(self) -> Any:
-        """The bank whose people are served now."""
+        """The bank that is being served, frozen or live."""
         return self.predictor.bank if self.live is None else self.live.live
 
     @property
@@ -104,7 +104,7 @@ class Engine:
         return self.counts if self.shared is None else self.shared.total(self.counts)
 
     async def share_counts(self) -> None:
-        """Let the other workers see the counters of this one, for ever."""
+        """Share this worker's counters with the others until the server stops."""
         while self.shared is not None:
             await asyncio.sleep(self.settings.watch)
             await asyncio.to_thread(self.shared.write, Counter(self.counts))
@@ -125,7 +125,7 @@ class Engine:
         return futures
 
     async def run(self) -> None:
-        """Answer what waits, for ever."""
+        """Answer waiting texts until the server stops."""
         while True:
             batch = [await self.waiting.get()]
             if 1 + self.waiting.qsize() < self.settings.max_batch:
@@ -144,7 +144,7 @@ class Engine:
                         future.set_exception(error)
 
     async def watch(self) -> None:
-        """Serve each new version of a bank's folder soon after it was written."""
+        """Serve each new version of the bank soon after it is written."""
         while self.folder is not None:
             await asyncio.sleep(self.settings.watch)
             stamp = stamp_of(self.folder)
@@ -179,7 +179,7 @@ class Engine:
 
 
 def stamp_of(folder: Path) -> tuple[int, int, int] | None:
-    """What tells one version of a bank's folder from the next."""
+    """A value that changes whenever the bank in a folder is written again."""
     with contextlib.suppress(OSError):
         found = (folder / ADAPTER_FILE).stat()
         return found.st_ino, found.st_mtime_ns, found.st_size

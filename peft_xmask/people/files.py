@@ -1,4 +1,4 @@
-"""Columns of a table in a file, as they stand there: nothing is guessed, and ``None`` or ``NA`` in a cell is text."""
+"""Read columns of a table as they stand in the file: no guessing, and ``None`` or ``NA`` in a cell is text."""
 
 from __future__ import annotations
 

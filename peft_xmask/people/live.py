@@ -1,4 +1,4 @@
-"""A predictor whose people come and go while it answers."""
+"""A predictor that learns and forgets people while it answers."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .table import PROBLEMS, of_person
 
 
 class LivePredictor(Predictor):
-    """Answers with the profiles that a live bank has at the moment of each call, whichever process changed them.
+    """Answers with the profiles that a live bank holds at each call, whichever process wrote them.
 
-    A call reads the profiles of its people and no others, so it costs the same however many there are.
+    A call reads only the profiles of the people asked for, so its cost does not depend on how many people there are.
 
     Args:
         live: see :class:`~peft_xmask.bank.live.LiveBank`.
@@ -59,14 +59,14 @@ class LivePredictor(Predictor):
         return cls(LiveBank.open(folder), base, **kwargs)
 
     def learn(self, name: str, examples: Sequence[tuple[str, object]]) -> Profile:
-        """Learn a person from a few labelled texts and enter them into the bank; on disk when this returns.
+        """Learn a person from a few labelled texts and put the profile into the bank. It is on disk when this returns.
 
         Args:
             name: of the person; an earlier profile of theirs is replaced.
             examples: pairs of a text and a label, as a table would have them.
 
         Returns:
-            The profile. Its gains are zero where masks did not help with texts that they were not learnt from.
+            The profile. Its gains are zero if masks did not help on held-out texts.
 
         Raises:
             ConfigError: an invalid name, or no examples.
@@ -85,7 +85,7 @@ class LivePredictor(Predictor):
         return profile
 
     def _offset(self, texts: Sequence[str], labels: Sequence[Any]) -> Tensor | None:
-        """The offset that suits labelled texts over what all people share, ``[C]``; None where the bank has none."""
+        """The offset fitted to labelled texts over the common part, ``[C]``; None if the bank has no offsets."""
         if self.live.kind.offset_count is None:
             return None
         task = next(task for task, problem in PROBLEMS.items() if problem == self.head.problem_type)
@@ -98,7 +98,7 @@ class LivePredictor(Predictor):
         return fit_offsets(task, logits, torch.tensor(labels, dtype=kind), rows, 1, variance)[0]
 
     def learner(self) -> Learner:
-        """What learns people; made when it is first needed."""
+        """The learner, made when it is first needed."""
         if self._learner is None:
             self._learner = Learner(
                 self.model, without_offsets(self.bank), self._learning, processing_class=self.tokenizer
@@ -106,7 +106,7 @@ class LivePredictor(Predictor):
         return self._learner
 
     def forget(self, name: str) -> None:
-        """Remove a person from the bank, for good when this returns.
+        """Remove a person from the bank, on disk too when this returns.
 
         Raises:
             KeyError: no such person.

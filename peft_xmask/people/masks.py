@@ -81,8 +81,7 @@ def fit_directions(
     Raises:
         ConfigError: fewer than two people have examples to learn from.
     """
-    width = {"bottleneck_size": settings.bottleneck_size, "task_type": task_type}
-    fields = PoolFitting.__dataclass_fields__["min_examples"]
+    width: dict[str, Any] = {"bottleneck_size": settings.bottleneck_size, "task_type": task_type}
     counts = sorted(examples.labels.values())
     args = TrainingArguments(
         output_dir=str(how.folder), per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=64,
@@ -96,7 +95,7 @@ def fit_directions(
             config=BottleneckConfig(**width, **last_blocks(model, settings.layers)),
             args=args,
             size=settings.num_adapters,
-            min_examples=max(settings.min_labels, min(int(fields.default), counts[-2] if len(counts) > 1 else 1)),
+            min_examples=max(settings.min_labels, min(PoolFitting.min_examples, counts[-2] if len(counts) > 1 else 1)),
             group_steps=settings.group_steps,
             group_head="shared",
         ),

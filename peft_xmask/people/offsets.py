@@ -1,7 +1,7 @@
-"""What is added to the model's outputs for one person: a value, or a number for each label. A few bytes, found at once.
+"""Offsets: numbers added to the model's outputs for one person, one for each label. A few bytes, computed at once.
 
 An offset is the most likely one under a normal prior around zero: ``argmin_o sum_i loss(z_i + o, y_i) + |o|^2 / (2 v)``
-over the person's examples i with logits z_i. So a person who said little stays near what all people share.
+over the person's examples i with logits z_i. So people with few examples stay close to the common part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..bank.bank import ProfileBank
 
 VARIANCES = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""Prior variances that are tried: of log-odds; for regression in units of the residuals' variance."""
+"""Candidates for the prior variance: of log-odds; for regression in units of the residuals' variance."""
 
 
 def losses(task: str, logits: Tensor, targets: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def fit_offsets(task: str, logits: Tensor, targets: Tensor, rows: Tensor, count:
         task: see :func:`losses`.
         logits: ``[n, C]``, without offsets.
         targets: see :func:`losses`.
-        rows: long ``[n]``, whose each example is.
+        rows: long ``[n]``, the number of each example's person.
         count: of people.
         variance: of the prior; 0: no offsets.
     """
@@ -73,7 +73,7 @@ def choose_variance(
     count: int,
     variances: Sequence[float] = VARIANCES,
 ) -> float:
-    """The prior variance that suits these people; 0: no offsets.
+    """Choose the prior variance for these people; 0: no offsets.
 
     For regression it is the most likely one, given how far people's mean residuals lie apart; else the one whose
     offsets have the lowest loss on held-out examples, if that is lower than without offsets.

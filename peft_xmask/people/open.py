@@ -1,4 +1,4 @@
-"""The predictor of a bank in a folder, frozen or live."""
+"""Open a bank in a folder, frozen or live, for prediction."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def open_predictor(
     device: str | None = None,
     cache_bytes: int = 0,
 ) -> tuple[Predictor, Path | None]:
-    """A predictor of a bank, and the folder to watch for new versions of it; None: there is none to watch.
+    """A predictor, and the folder to watch for new versions of the bank (None: nothing to watch).
 
     Args:
         bank: folder of a bank, frozen or live.

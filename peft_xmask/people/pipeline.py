@@ -26,7 +26,7 @@ class PeoplePipeline(TextClassificationPipeline):
 
     people: NameIndex
 
-    def _sanitize_parameters(self, who: str | None = None, **kwargs: Any) -> tuple[dict[str, Any], Any, Any]:
+    def _sanitize_parameters(self, *, who: str | None = None, **kwargs: Any) -> tuple[dict[str, Any], Any, Any]:  # type: ignore[override]  # always by name
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if who is not None:
             if not isinstance(who, str):
@@ -34,19 +34,19 @@ class PeoplePipeline(TextClassificationPipeline):
             preprocess["who"] = who
         return preprocess, forward, postprocess
 
-    def preprocess(self, inputs: Any, who: str | None = None, **kwargs: Any) -> Any:
+    def preprocess(self, input_: Any, *, who: str | None = None, **kwargs: Any) -> Any:  # type: ignore[override]  # by name
         """Tokenise a text, and find the row of its person."""
-        if isinstance(inputs, dict):
-            unknown = sorted(inputs.keys() - {"text", "who"})
-            if unknown or not isinstance(inputs.get("text"), str):
-                raise ConfigError(f"Expected {{'text': ..., 'who': ...}}, found {inputs!r:.80}.")
-            who, inputs = inputs.get("who", who), inputs["text"]
-        found = super().preprocess(inputs, truncation=True, **kwargs)
+        if isinstance(input_, dict):
+            unknown = sorted(input_.keys() - {"text", "who"})
+            if unknown or not isinstance(input_.get("text"), str):
+                raise ConfigError(f"Expected {{'text': ..., 'who': ...}}, found {input_!r:.80}.")
+            who, input_ = input_.get("who", who), input_["text"]
+        found: Any = super().preprocess(input_, truncation=True, **kwargs)
         row = None if who is None else self.people.find(who)
         found["adapter_names"] = torch.tensor([-1 if row is None else row])
         return found
 
-    def _forward(self, model_inputs: Any) -> Any:
+    def _forward(self, model_inputs: Any) -> Any:  # type: ignore[override]  # as its parent class has it
         return self.model(**model_inputs)
 
 

@@ -1,4 +1,4 @@
-"""Answers of a personalised model: label names and scores, for each text as its person would have it."""
+"""Answers of a personalised model: labels and scores for a text, for each person."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MAX_LENGTH = 128
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model says of a text.
+    """The model's answer for a text.
 
     Attributes:
-        label: name of the best label; for regression None; for multi-label the names of all that are likely, in order.
+        label: name of the best label; for regression None; for multi-label the names of all likely labels, in order.
         scores: probability of each label by name; for regression the value, by the name of the column.
-        who: the person it was asked for; None: nobody.
-        personal: whether a profile of theirs answered; otherwise the part that all people share did.
+        who: the person whose answer this is; None: nobody.
+        personal: whether the person's profile answered; if not, the common part did.
     """
 
     label: str | tuple[str, ...] | None
@@ -55,7 +55,7 @@ class Predictor:
         bank: with a classification head whose pooling and label names are recorded, as ``personalize`` writes it.
         base: the base model, a folder or Hub id. None: the one that the bank names.
         device: where to compute. None: on the CPU.
-        cache_bytes: for mixed adapters of people who were asked for lately; 0: none.
+        cache_bytes: memory for the mixed adapters of the people who were asked for last; 0: no cache.
 
     Raises:
         ConfigError: a bank without a recorded head, without profiles or without the name of its base.
@@ -100,9 +100,9 @@ class Predictor:
 
         Args:
             texts: any number of them.
-            who: one name for all texts, or one for each; None: nobody. Whoever has no profile in the bank is answered
-                by the part that all people share, and the prediction says so.
-            batch_size: texts in a forward pass; people may be mixed in it.
+            who: one name for all texts, or one for each; None: nobody. For people without a profile the common part
+                answers, and the prediction says so.
+            batch_size: texts in a forward pass, for any mix of people.
 
         Raises:
             ConfigError: not as many names as texts, or a text that is no string.
@@ -122,7 +122,7 @@ class Predictor:
         ]
 
     def replace(self, bank: ProfileBank) -> None:
-        """Serve another version of the bank from now on; to be called between two predictions.
+        """Serve another version of the bank. Call it between two predictions.
 
         Raises:
             ConfigError: it has other settings, labels or another head, or no profiles.
@@ -137,11 +137,11 @@ class Predictor:
         return self.head.max_length or MAX_LENGTH
 
     def _rows(self, people: Sequence[str | None]) -> list[int | None]:
-        """The row of each person; None for whoever has no profile."""
+        """The row of each person; None without a profile."""
         return [None if name is None else self.index.find(name) for name in people]
 
     def _offsets(self, people: Sequence[str | None], rows: Sequence[int | None]) -> Tensor:
-        """What is added to the outputs for each person, ``[n, C]``."""
+        """The offset of each person, ``[n, C]``."""
         found = torch.zeros(len(rows), len(self.head.labels))
         offset_bits = self.bank.content().offset_bits
         known = [place for place, row in enumerate(rows) if row is not None]
@@ -183,8 +183,8 @@ def head_of(bank: ProfileBank) -> Classifier:
         )
     if bank.config.classifier is None:
         raise ConfigError(
-            "The bank does not record how its head pools and what its labels are called, so it cannot be asked. Make "
-            "it with `peft-xmask personalize`, or from adapters that `peft-xmask train` wrote."
+            "The bank does not record its label names and how its head pools, so its answers cannot be read. Make the "
+            "bank with `peft-xmask personalize`, or from adapters that `peft-xmask train` wrote."
         )
     return Classifier.from_fields(bank.config.classifier)
 

@@ -1,4 +1,4 @@
-"""How good a personalised model is: by layer, for people with few and with many labels."""
+"""How much each layer of a personalised model helps, for people with few and with many labels."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ FEW = 20
 
 @dataclass(frozen=True)
 class Layer:
-    """What one layer of the model brings, on test examples.
+    """The model up to one layer, on test examples.
 
     Attributes:
-        name: of the layer; each contains those above it.
+        name: name of the layer; each contains the layers above it.
         overall: mean over all test examples.
-        few: mean over those of people with at most ``Report.few_labels`` training labels; None: there are none.
-        many: mean over those of the other people; None: there are none.
-        nbytes: of one person.
+        few: mean over examples of people with at most ``Report.few_labels`` training labels; None: there are none.
+        many: mean over examples of the other people; None: there are none.
+        nbytes: bytes for each person.
     """
 
     name: str
@@ -41,18 +41,18 @@ class Layer:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``personalize`` found.
+    """The result of ``personalize``.
 
     Attributes:
-        measure: what the layers' numbers are; :attr:`lower_is_better` says which way.
+        measure: what the layers' numbers are; see also :attr:`lower_is_better`.
         layers: from nothing personal to everything.
-        people: with training examples.
-        served_by_common: people without a profile, since they have too few labels to learn from.
-        masks: whether masks helped on validation examples; if not, their gains are zero and offsets do all.
-        few_labels: most training labels of a person with few.
-        examples: counts by part.
-        bank_bytes: of the bank's files.
-        seconds: that training took.
+        people: number of people with training examples.
+        served_by_common: people without a profile, because they have too few labels.
+        masks: whether masks helped on validation examples; if not, their gains are zero.
+        few_labels: the limit for "few" training labels.
+        examples: number of examples in each part.
+        bank_bytes: size of the bank's files.
+        seconds: duration of the run.
     """
 
     measure: str
@@ -78,7 +78,7 @@ class Report:
         return -difference if self.lower_is_better else difference
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON can hold it."""
+        """The report as plain data for JSON."""
         return asdict(self)
 
 

@@ -1,7 +1,7 @@
-"""A bank over HTTP: answers by name in mixed batches, people who come and go, metrics, and a page to look at them.
+"""A bank over HTTP: answers for each person, learning and forgetting people, metrics, and a page to explore them.
 
-All work of the model is done by one thread, a batch at a time: requests that wait at the same time share a forward
-pass, and the bank can only change between two of them.
+One thread runs the model, a batch at a time: requests that wait at the same time share a forward pass, and the bank
+changes only between two batches.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ Name = str
 
 
 class Input(BaseModel):
-    """One text, and as whose it is answered."""
+    """A text, and the person to answer for."""
 
     text: str = Field(description="The text.")
     who: Name | None = Field(None, description="A person; null: nobody.")
 
 
 class PredictRequest(BaseModel):
-    """Texts to answer; people may be mixed."""
+    """Texts to answer, for any mix of people."""
 
     inputs: list[Input] = Field(min_length=1)
 
@@ -66,20 +66,20 @@ class PredictResponse(BaseModel):
 
 
 class Labelled(BaseModel):
-    """A text and the label that the person gives it."""
+    """A text and the label that the person gave it."""
 
     text: str
     label: str | float | list[str]
 
 
 class LearnRequest(BaseModel):
-    """What a person is learnt from."""
+    """Examples to learn a person from."""
 
     examples: list[Labelled] = Field(min_length=1)
 
 
 class Learnt(BaseModel):
-    """A person who was learnt, and is on disk."""
+    """A person who was learnt. The profile is on disk."""
 
     who: Name
     bytes: int
@@ -124,7 +124,7 @@ def create_app(engine: Engine) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        """What is wrong, without what was sent: it may hold what cannot be sent back."""
+        """Say what is wrong without repeating the input, which may not be valid JSON text."""
         told = [f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
         return JSONResponse({"detail": told}, 422)
 
@@ -140,7 +140,7 @@ def _answering(app: FastAPI, engine: Engine, guarded: Sequence[Any]) -> None:
 
     @app.post("/predict", dependencies=guarded)
     async def predict(request: PredictRequest) -> PredictResponse:
-        """Answer texts, each as its person would."""
+        """Answer texts, each for its person."""
         if len(request.inputs) > settings.max_texts:
             raise HTTPException(413, f"Expected at most {settings.max_texts} texts, found {len(request.inputs)}.")
         for asked in request.inputs:
@@ -163,7 +163,7 @@ def _answering(app: FastAPI, engine: Engine, guarded: Sequence[Any]) -> None:
 
     @app.put("/people/{name}", dependencies=guarded)
     async def learn(name: Name, request: LearnRequest) -> Learnt:
-        """Learn a person from labelled texts. They are on disk, and served, when this answers."""
+        """Learn a person from labelled texts. The profile is on disk and in use when this returns."""
         live = _live(engine)
         _check_person(name)
         if len(request.examples) > settings.max_examples:
@@ -182,7 +182,7 @@ def _answering(app: FastAPI, engine: Engine, guarded: Sequence[Any]) -> None:
 
     @app.delete("/people/{name}", status_code=204, dependencies=guarded)
     async def forget(name: Name) -> Response:
-        """Forget a person, for good when this answers."""
+        """Forget a person. The profile is deleted from disk when this returns."""
         live = _live(engine)
         try:
             await asyncio.to_thread(live.forget, name)
@@ -193,7 +193,7 @@ def _answering(app: FastAPI, engine: Engine, guarded: Sequence[Any]) -> None:
 
 
 def _looking(app: FastAPI, engine: Engine, guarded: Sequence[Any]) -> None:
-    """Routes that say who and what is served."""
+    """Routes that show the people and what is served."""
 
     @app.get("/people", dependencies=guarded)
     async def people(starts_with: str = "", limit: int = Query(100, ge=1, le=1000)) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _looking(app: FastAPI, engine: Engine, guarded: Sequence[Any]) -> None:
 
     @app.get("/map", dependencies=guarded)
     async def people_map(limit: int = Query(500, ge=3, le=2000)) -> dict[str, Any]:
-        """People in two dimensions: those whose masks are alike lie near each other."""
+        """People in two dimensions, with similar masks close to each other."""
         return dict(await asyncio.to_thread(_map, engine, limit))
 
     @app.get("/about")
@@ -255,7 +255,7 @@ def _watching(app: FastAPI, engine: Engine) -> None:
 
 
 class BodyLimit:
-    """ASGI middleware that refuses bodies beyond a size, also where their length is not announced."""
+    """ASGI middleware that refuses bodies above a size, whether or not their length is announced."""
 
     def __init__(self, app: Any, limit: int) -> None:
         self.app, self.limit = app, limit

@@ -1,4 +1,4 @@
-"""The table of people: texts, labels and whose they are, checked cell by cell and split by person and time."""
+"""A table of people: texts, labels and names, checked cell by cell and split by person and time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CAUSAL_LM = "causal-lm"
 """The task of a language model: to continue a text."""
 TASKS = (*PROBLEMS, CAUSAL_LM)
 FRACTIONS = (0.7, 0.1)
-"""Shares of a person's examples, oldest first, that are for training and validation; the rest is for the test."""
+"""Shares of a person's examples, oldest first, for training and validation; the rest is for the test."""
 
 
 @dataclass(frozen=True)
