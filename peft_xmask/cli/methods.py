@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from peft import LoraConfig, PeftConfig
 
 from ..errors import ConfigError
-from ..pool import AdapterPool
+from ..pool import BOTTLENECK_SIZE, NUM_ADAPTERS, AdapterPool
 from ..tuners.base.peft_private import DUMMY_TARGET_MODULES
 from ..tuners.bottleneck import BottleneckConfig
 from ..tuners.magnitude_mask import MagnitudeMaskConfig
@@ -29,8 +31,8 @@ HEAD_LEARNING_RATE = 3e-2
 def method_config(
     method: str,
     *,
-    num_adapters: int = 100,
-    bottleneck_size: int = 48,
+    num_adapters: int = NUM_ADAPTERS,
+    bottleneck_size: int | None = None,
     pool: str | AdapterPool | None = None,
     pool_seed: int = 0,
     mask_type: str = "hard",
@@ -42,6 +44,8 @@ def method_config(
 ) -> PeftConfig:
     """PEFT config of a method by its name, for sequence classification; every other field at its default.
 
+    ``bottleneck_size`` of None is the method's own default.
+
     ``"head"`` is a LoRA config that targets nothing: PEFT then trains and saves the classification head alone.
 
     Raises:
@@ -52,13 +56,16 @@ def method_config(
             task_type="SEQ_CLS",
             pool=pool,
             num_adapters=num_adapters,
-            bottleneck_size=bottleneck_size,
+            bottleneck_size=BOTTLENECK_SIZE if bottleneck_size is None else bottleneck_size,
             pool_seed=pool_seed,
             mask_type=mask_type,
             top_k=top_k,
         )
     if method == "bottleneck":
-        return BottleneckConfig(task_type="SEQ_CLS", bottleneck_size=bottleneck_size)
+        config = BottleneckConfig(task_type="SEQ_CLS")
+        if bottleneck_size is not None:
+            config = dataclasses.replace(config, bottleneck_size=bottleneck_size)
+        return config
     if method == "magnitude-mask":
         return MagnitudeMaskConfig(task_type="SEQ_CLS", density=density)
     if method == "weight-adapter":

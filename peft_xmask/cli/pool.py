@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..pool import BOTTLENECK_SIZE, NUM_ADAPTERS
 from .console import bytes_text, new_folder, output, print_facts, print_json, progress_bar
 from .pool_fit import fit
 
@@ -24,8 +25,8 @@ DType = Annotated[str | None, typer.Option(help="Storage: float32, bfloat16 or f
 @app.command()
 def build(
     out: Out,
-    num_adapters: Annotated[int, typer.Option(help="Adapters in the pool.")] = 100,
-    bottleneck_size: Annotated[int, typer.Option(help="Width of each adapter.")] = 48,
+    num_adapters: Annotated[int, typer.Option(help="Adapters in the pool.")] = NUM_ADAPTERS,
+    bottleneck_size: Annotated[int, typer.Option(help="Width of each adapter.")] = BOTTLENECK_SIZE,
     seed: Annotated[int, typer.Option(help="The pool is its seed.")] = 0,
 ) -> None:
     """Create a random pool. Only its seed is saved."""

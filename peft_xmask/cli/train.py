@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..pool import BOTTLENECK_SIZE, NUM_ADAPTERS
 from .console import bytes_text, new_folder, output, print_facts, print_json, progress_bar
 from .data import Rows, label_names_of, number_labels, read_rows
 
@@ -75,8 +76,10 @@ def train(
     mask_learning_rate: Annotated[float, typer.Option(help="Of X-PEFT's masks.")] = 0.1,
     max_length: Annotated[int, typer.Option(help="Tokens after which a text is cut.")] = 128,
     pooling: Annotated[Pooling, typer.Option(help="Head on mean states, or the model's own.")] = Pooling.mean,
-    num_adapters: Annotated[int, typer.Option(help="Adapters in a random pool.")] = 100,
-    bottleneck_size: Annotated[int, typer.Option(help="Width of bottleneck adapters and of a random pool.")] = 48,
+    num_adapters: Annotated[int, typer.Option(help="Adapters in a random pool.")] = NUM_ADAPTERS,
+    bottleneck_size: Annotated[
+        int | None, typer.Option(help=f"Default: 48 for bottleneck adapters, {BOTTLENECK_SIZE} for a random pool.")
+    ] = None,
     pool: Annotated[str | None, typer.Option(help="Saved pool: folder or Hub id. Default: random.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Adapters in a hard mask. Default: half of them.")] = None,
     mask_type: Annotated[MaskType, typer.Option(help="Kind of mask.")] = MaskType.hard,

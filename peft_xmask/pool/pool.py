@@ -20,7 +20,7 @@ from . import bottleneck, lora, storage
 from .common import CommonPart, beside
 from .common import centre as centre_adapters
 from .directions import Fitting
-from .random import RandomAdapters
+from .random import BOTTLENECK_SIZE, NUM_ADAPTERS, RandomAdapters
 from .slice import PoolSlice
 from .trained import TrainedAdapter, TrainedAdapters, stack
 
@@ -49,7 +49,12 @@ class AdapterPool:
 
     @classmethod
     def random(
-        cls, num_adapters: int = 100, bottleneck_size: int = 48, seed: int = 0, *, dtype: torch.dtype = torch.float32
+        cls,
+        num_adapters: int = NUM_ADAPTERS,
+        bottleneck_size: int = BOTTLENECK_SIZE,
+        seed: int = 0,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> AdapterPool:
         """A pool of untrained adapters. It *is* its seed: tensors are generated when a model uses it.
 

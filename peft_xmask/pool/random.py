@@ -22,6 +22,10 @@ from ..core.sites import Site
 from ..errors import ConfigError, PoolMismatchError
 from .slice import PoolSlice, hold
 
+NUM_ADAPTERS = 100
+"""N of a random pool by default: a mask of it takes 13 bytes, and half of its adapters can be chosen in 1e29 ways."""
+BOTTLENECK_SIZE = 12
+"""b of a random pool by default. docs/study.md, "Width", says what wider pools bring and what they cost."""
 STREAM_VERSION = 1
 """Part of the generator's key and of the fingerprint; another mapping from seeds to numbers gets another version."""
 

@@ -67,7 +67,7 @@ def with_common_part(
     base = sharing_weights(model)
     if not _is_there(folder, run):
         adapted = _trained(base, config, data, settings, progress)
-        pool = copy.copy(config).resolve_pool().with_common(adapted)
+        pool = copy.copy(config).resolve_pool(model).with_common(adapted)
         pool.save_pretrained(folder / POOL_FOLDER)
         write_tensors(folder / HEAD_FILE, _head_of(adapted), {"run": run})
         base = sharing_weights(model)

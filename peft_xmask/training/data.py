@@ -59,10 +59,28 @@ class ProfileData:
             "validation": None if self.validation is None else fingerprint_examples(self.validation),
         }
 
+    @cached_property
+    def lengths(self) -> Tensor | None:
+        """Tokens of each training example, long ``[n]``; None if the examples have no ``input_ids``."""
+        return lengths_of(self.dataset, torch.arange(len(self.dataset)))
+
     @property
     def counts(self) -> Tensor:
         """Training examples of each profile, long ``[U]``."""
         return torch.bincount(self.rows, minlength=len(self.index))
+
+
+def lengths_of(dataset: Any, places: Tensor) -> Tensor | None:
+    """Tokens of some examples, long ``[n]``; None if the examples have no ``input_ids``."""
+    if not len(places) or "input_ids" not in dataset[int(places[0])]:
+        return None
+    return torch.tensor([len(dataset[place]["input_ids"]) for place in places.tolist()])
+
+
+def by_length(dataset: Any, places: Tensor) -> Tensor:
+    """Places of examples, long ``[n]``, from the shortest to the longest; as they are if lengths are not known."""
+    lengths = lengths_of(dataset, places)
+    return places if lengths is None else places[torch.argsort(lengths, stable=True)]
 
 
 def _names_in(dataset: Any, column: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from . import distributed as ranks
+from .data import by_length
 
 ExampleLoss = Callable[[Any, Any], Tensor]
 """Called with a model's outputs and the batch; gives a loss for each example, ``[B]``, lower being better."""
@@ -66,6 +67,7 @@ class Evaluator:
         self.dataset, self.rows, self.collator, self.batch_size = dataset, rows, collator, batch_size
         self.example_loss = example_loss
         self.counts = torch.bincount(rows, minlength=count)
+        self._order = by_length(dataset, torch.arange(len(rows)))  # less padding to compute
 
     def losses(self, model: nn.Module, wanted: Tensor | None = None, *, shared: bool = False) -> Tensor:
         """Mean losses, float64 ``[U]``: NaN of profiles without examples, infinity where they are not numbers.
@@ -76,7 +78,7 @@ class Evaluator:
             wanted: bool ``[U]``, the profiles to evaluate; None: all.
             shared: evaluate what all profiles share, without their rows.
         """
-        places = torch.arange(len(self.rows)) if wanted is None else wanted[self.rows].nonzero().view(-1)
+        places = self._order if wanted is None else self._order[wanted[self.rows[self._order]]]
         totals = torch.zeros(len(self.counts), dtype=torch.float64)
         device = next(model.parameters()).device
         training = model.training

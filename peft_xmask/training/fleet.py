@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib
 import os
 from collections import Counter, deque
@@ -179,7 +180,8 @@ class FleetRun:
         """A bank without profiles whose head was trained here, for shards whose profiles join it."""
         one = NameIndex.build([self.data.index.name(0)])
         model = copy.deepcopy(self.model)
-        run = TrainingRun.prepare(model, self.data, self.settings, None, progress=progress, index=one)
+        settings = dataclasses.replace(self.settings, cache=None)  # of a pass or two, here alone
+        run = TrainingRun.prepare(model, self.data, settings, None, progress=progress, index=one)
         run.train_head()
         return ProfileBank.from_model(run.profiles.model, list(one)).select([])
 
@@ -242,7 +244,10 @@ class FleetRun:
             bank = bank.select([name for name in names if name in bank])
         folder = shard.folder(self.folder)
         config = None if bank is not None else self.settings.config
-        settings = self.settings.in_folder(str(folder / "training"), head="frozen", config=config)
+        cache = self.settings.cache
+        if cache not in (None, "auto"):
+            cache = str(Path(cache) / folder.name)
+        settings = self.settings.in_folder(str(folder / "training"), head="frozen", config=config, cache=cache)
         return Work(folder, *shard.part(self.data), settings, bank, self.fleet.cpus_per_worker, self.facts)
 
     def _failed(self, shard: Shard, tries: int, error: Exception) -> FleetError:

@@ -113,6 +113,7 @@ class Learner:
         self._columns = forward_columns(self._model)
         self._learning_rate = learning_rate
         self._turn = threading.Lock()
+        self._has_run = False
 
     def learn(self, examples: Iterable[Mapping[str, Any]]) -> Profile:
         """The masks that suit some examples.
@@ -146,7 +147,8 @@ class Learner:
             (row, place) for row in rows for place in range(count) if row == _ALL or int(fold_of[place]) != row - 1
         ]
         nobody = {**batch, "adapter_names": torch.full((count,), -1)}
-        states = None if self._prefix is None else self._prefix.record(self._model, nobody)
+        states = None if self._prefix is None else self._prefix.record(self._model, nobody, skip=self._has_run)
+        self._has_run = True
         offset_bits = self._offsets(nobody, pairs)
         self._fit(batch, states, pairs, len(rows), count)
         bits, gain_bits = self._profiles.packed()

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from ..bank.bank import ProfileBank
 from ..bank.names import NameIndex
-from ..core.fingerprint import digest_of
+from ..core.fingerprint import digest_of, fingerprint_weights
 from ..core.packing import pack_halves
 from ..errors import ConfigError
 from . import distributed as ranks
@@ -27,10 +27,12 @@ from .data import ProfileData
 from .evaluation import Evaluator, example_losses
 from .head import train_head
 from .offsets import SharedOutputs, choose_variance, fit_offsets
+from .prefix import Prefix
 from .profile_model import ProfileModel
 from .row_adamw import RowAdamW
 from .sampler import ProfileBatchSampler
 from .settings import ProfileTraining
+from .states import ExamplesWithStates, StatesCollator, StatesRecorder, replaying
 from .trained_bank import TrainedBank
 from .trainer import BarCallback, ProfilesCallback, ProfileTrainer
 
@@ -96,6 +98,56 @@ class TrainingRun:
         return Path(str(self.settings.trainer.output_dir))
 
     @cached_property
+    def prefix(self) -> Prefix | None:
+        """The blocks whose states are kept; None: none are.
+
+        Raises:
+            ConfigError: the settings name a folder, and there is nothing to keep in it.
+        """
+        if self.settings.cache is None:
+            return None
+        prefix = Prefix.of(self.profiles.model)
+        obstacle = "no block comes before the first adapted one"
+        if prefix is not None:
+            found = self._recorder(prefix).obstacle(self.data.dataset)
+            if found is None:
+                return prefix
+            obstacle = found
+        if self.settings.cache != "auto":
+            raise ConfigError(
+                f"cache='{self.settings.cache}' is invalid for this run: {obstacle}. Adapt the last blocks only "
+                "(layers_to_transform= of the config), or leave cache= out."
+            )
+        return None
+
+    def _recorder(self, prefix: Prefix) -> StatesRecorder:
+        size = self.settings.trainer.per_device_eval_batch_size
+        facts = {"base": fingerprint_weights(each for block in prefix.blocks for each in block.parameters())}
+        return StatesRecorder(self.profiles.model, prefix, self._plain_collator, size, facts)
+
+    @cached_property
+    def examples(self) -> Any:
+        """The training examples, with their states if these are kept."""
+        return self._with_states(self.data.dataset, "training", "examples")
+
+    @cached_property
+    def held_out_examples(self) -> Any:
+        """The same of the validation examples; None if there are none."""
+        return (
+            None
+            if self.data.validation is None
+            else self._with_states(self.data.validation, "validation", "validation")
+        )
+
+    def _with_states(self, dataset: Any, folder: str, digest: str) -> Any:
+        if self.prefix is None:
+            return dataset
+        assert self.settings.cache is not None
+        place = None if self.settings.cache == "auto" else Path(self.settings.cache) / folder
+        fingerprint = str(self.data.fingerprint[digest])
+        return ExamplesWithStates(dataset, self._recorder(self.prefix).states(dataset, place, fingerprint))
+
+    @cached_property
     def sampler(self) -> ProfileBatchSampler:
         """Which examples a step sees."""
         return ProfileBatchSampler(
@@ -105,11 +157,16 @@ class TrainingRun:
             max_passes=self.settings.max_passes,
             seed=self.settings.trainer.seed,
             part=(ranks.number(), ranks.count()),
+            lengths=self.data.lengths if self.settings.grouped_by_length else None,
         )
 
     @cached_property
-    def collator(self) -> ProfileCollator:
-        """Makes batches that say whose each example is."""
+    def collator(self) -> ProfileCollator | StatesCollator:
+        """Makes batches that say whose each example is, with the states that are kept."""
+        return self._plain_collator if self.prefix is None else StatesCollator(self._plain_collator)
+
+    @cached_property
+    def _plain_collator(self) -> ProfileCollator:
         inner = self.settings.data_collator
         assert inner is not None
         return ProfileCollator(inner, self.data.index, column=self.data.column, model=self.profiles.model)
@@ -120,7 +177,7 @@ class TrainingRun:
         if self.data.held_out is None:
             return None
         return Evaluator(
-            self.data.validation,
+            self.held_out_examples,
             self.data.held_out,
             len(self.data.index),
             self.collator,
@@ -153,7 +210,7 @@ class TrainingRun:
         given = {"args": self.settings.trainer, "data_collator": self.collator, **changes}
         return ProfileTrainer(
             self.profiles.model,
-            train_dataset=self.data.dataset,
+            train_dataset=self.examples,
             optimizers=(optimizer, None),
             callbacks=[each for each in callbacks if shown or not isinstance(each, BarCallback)],
             prior=self.prior,
@@ -165,9 +222,14 @@ class TrainingRun:
         """Train the rows, and the head as the settings say, from the last checkpoint if ``resume``.
 
         Raises:
-            ConfigError: the folder has checkpoints of another run; or there is no head to train.
+            ConfigError: the folder has checkpoints of another run, or its cache is that of another run; or there is no
+                head to train.
         """
         checkpoint = last_checkpoint(self.folder, self.identity, resume=resume)
+        with replaying(self.profiles.model, self.prefix):
+            return self._train(checkpoint)
+
+    def _train(self, checkpoint: Path | None) -> TrainedBank:
         for parameter in self.profiles.head().values():
             parameter.requires_grad_(self.settings.head == "joint")
         if self.settings.head == "first":
@@ -206,10 +268,10 @@ class TrainingRun:
             known = [self.bank[name].offset_bits if name in self.bank else none for name in names]
             return torch.stack([none if each is None else each for each in known]), None
         model, size = self.profiles.model, self.settings.trainer.per_device_eval_batch_size
-        shared = SharedOutputs.of(model, data.dataset, self.collator, size)
+        shared = SharedOutputs.of(model, self.examples, self.collator, size)
         held_out = None
         if data.validation is not None:
-            held_out = SharedOutputs.of(model, data.validation, self.collator, size)
+            held_out = SharedOutputs.of(model, self.held_out_examples, self.collator, size)
         variance = choose_variance(shared, data.rows, held_out, data.held_out, len(names))
         return pack_halves(fit_offsets(shared, data.rows, len(names), variance)), variance
 

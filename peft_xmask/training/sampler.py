@@ -11,6 +11,8 @@ from torch.utils.data import Sampler
 
 from ..errors import ConfigError
 
+_SORTED_BATCHES = 50  # examples of so many batches are sorted by length together, as the Trainer does
+
 
 def draws_per_epoch(counts: Tensor, temperature: float, max_passes: float) -> Tensor:
     """How many examples of each profile an epoch draws.
@@ -42,6 +44,8 @@ class ProfileBatchSampler(Sampler[list[int]]):
         max_passes: c.
         seed: of the draws.
         part: which process this is, from 0, and how many there are.
+        lengths: long ``[n]``, tokens of each example: a batch then has examples of about the same length, so that
+            there is less padding to compute. Which examples an epoch draws does not change. None: batches are random.
 
     Attributes:
         rows: as given.
@@ -60,6 +64,7 @@ class ProfileBatchSampler(Sampler[list[int]]):
         max_passes: float,
         seed: int,
         part: tuple[int, int] = (0, 1),
+        lengths: Tensor | None = None,
     ) -> None:
         for name, value, least in (("temperature", temperature, 1.0), ("max_passes", max_passes, 1.0)):
             if not value >= least:
@@ -67,7 +72,7 @@ class ProfileBatchSampler(Sampler[list[int]]):
         if not len(rows):
             raise ConfigError("Expected at least one example, found none.")
         self.batch_size, self.seed, self.epoch, self.drop_last = batch_size, seed, 0, False
-        self.rows, self.part = rows, part
+        self.rows, self.part, self.lengths = rows, part, lengths
         self._counts = torch.bincount(rows)
         self._draws = draws_per_epoch(self._counts, temperature, max_passes)
         self._size = int(self._draws.sum().round().clamp_min(1))
@@ -85,12 +90,22 @@ class ProfileBatchSampler(Sampler[list[int]]):
         drawn = self._draw()
         number, processes = self.part
         active = ~self.stopped[self.rows]
-        for batch in torch.tensor_split(drawn, len(self)):
+        for batch in self._batches(drawn):
             kept = batch[active[batch]]
             if len(kept) < processes:
                 filled = torch.cat([kept, batch[~active[batch]]])
                 kept = filled.repeat(-(-processes // len(filled)))[:processes]
             yield kept[number::processes].tolist()
+
+    def _batches(self, drawn: Tensor) -> list[Tensor]:
+        """Drawn examples cut into batches: sorted by length within parts of many batches, if lengths are known."""
+        if self.lengths is None:
+            return list(torch.tensor_split(drawn, len(self)))
+        parts = drawn.split(_SORTED_BATCHES * self.batch_size)
+        ordered = torch.cat([part[torch.argsort(self.lengths[part], stable=True)] for part in parts])
+        batches = torch.tensor_split(ordered, len(self))
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
 
     def _draw(self) -> Tensor:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,10 @@ class ProfileTraining:
         prior_strength: over a fitted pool, the weight of the prior fitted with it: ``minus_log_prior / n`` is added to
             the loss of each of a profile's n training examples, so that a profile stays near the common part until its
             examples say otherwise. 0: no prior. Losses are taken as nats. Other pools have no prior.
+        cache: keep the hidden states before the first adapted block on disk, in the model's dtype, and start each pass
+            over an example from there. ``"auto"``: in a temporary folder, if there is anything to keep. A folder: in
+            it, where the next run on the same base and examples finds them. None: compute them each time. They are
+            computed without dropout, so a base with dropout trains a little differently than without a cache.
         sampling_temperature: T above. 1 draws every example once an epoch; a higher T gives profiles with few examples
             more passes.
         max_passes: most passes over an example in one epoch.
@@ -87,6 +92,7 @@ class ProfileTraining:
     offset: bool = False
     mask_learning_rate: float = 0.1
     prior_strength: float = 1.0
+    cache: str | os.PathLike[str] | None = field(default=None, metadata=_NO_IDENTITY)  # identity() says if there is one
     sampling_temperature: float = 2.0
     max_passes: float = 4.0
     patience: int | None = 3
@@ -116,14 +122,8 @@ class ProfileTraining:
                 "head='joint' is invalid with offset=True: offsets are computed before the profiles are trained and "
                 "must not be moved by the head afterwards. Pass head='first' or head='frozen'."
             )
-        if self.args is not None and self.args.fp16:
-            raise ConfigError(
-                "fp16=True is invalid: the gradients of profiles are not scaled. Expected float32 or bf16=True."
-            )
-        if self.args is not None and (self.args.deepspeed or self.args.fsdp):
-            raise ConfigError(
-                "FSDP and DeepSpeed are not supported: every process holds all rows of its profiles. Use DDP."
-            )
+        if self.args is not None:
+            _check_arguments(self.args, cached=self.cache is not None)
 
     def _check_numbers(self) -> None:
         for name in _POSITIVE:
@@ -208,6 +208,11 @@ class ProfileTraining:
         """Examples in a batch, over all processes."""
         return self.trainer.train_batch_size * ranks.count()
 
+    @property
+    def grouped_by_length(self) -> bool:
+        """Whether a batch has examples of about the same length."""
+        return getattr(self.trainer, "train_sampling_strategy", None) == "group_by_length"
+
     def identity(self) -> dict[str, Any]:
         """What distinguishes these settings from others, in types that JSON has.
 
@@ -222,6 +227,8 @@ class ProfileTraining:
             "epochs": self.trainer.num_train_epochs,
             "batch_size": self.batch_size,
             "accumulation": self.trainer.gradient_accumulation_steps,
+            **({} if self.cache is None else {"cached": True}),
+            **({"sampling": "group_by_length"} if self.grouped_by_length else {}),
         }
 
     def summary(self) -> dict[str, Any]:
@@ -242,6 +249,21 @@ class ProfileTraining:
             kind, fields = state["args"]
             state = {**state, "args": kind(**fields)}
         self.__dict__.update(state)
+
+
+def _check_arguments(args: TrainingArguments, *, cached: bool) -> None:
+    if cached and args.torch_compile:
+        raise ConfigError(
+            "cache= is invalid with torch_compile=True: a compiled model cannot skip blocks. Use one of the two."
+        )
+    if args.fp16:
+        raise ConfigError(
+            "fp16=True is invalid: the gradients of profiles are not scaled. Expected float32 or bf16=True."
+        )
+    if args.deepspeed or args.fsdp:
+        raise ConfigError(
+            "FSDP and DeepSpeed are not supported: every process holds all rows of its profiles. Use DDP."
+        )
 
 
 def _trainer_arguments(args: TrainingArguments | None, folder: str) -> TrainingArguments:

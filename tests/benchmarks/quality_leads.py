@@ -115,6 +115,14 @@ LEADS = {
         "400 x 3": k_hot(400, 3, search=False),
         "400 x 1": k_hot(400, 1, search=False),
     },
+    "small": {
+        "signs, 100 x 4": xpeft(100, 4, search=False),
+        "signs, scale 0.3": xpeft(mask_weighting="signed", scale=0.3, search=False),
+        "signs, 100 x 12": xpeft(100, 12, search=False),
+        "signs, 100 x 24": xpeft(100, 24, search=False),
+        "signs, 100 x 8": xpeft(100, 8, search=False),
+        "signs, 100 x 4, rate 0.3": xpeft(100, 4, start=0.3, search=False),
+    },
     "chosen": {
         "k = N/4": k_hot(top_k=25, search=False),
         "k = N/10": k_hot(top_k=10, search=False),

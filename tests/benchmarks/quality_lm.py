@@ -29,6 +29,8 @@ LM_METHODS = {
     "X-PEFT hard 392 x 4": k_hot(392, 4, **LM),
     "X-PEFT soft 96 x 16": k_hot(96, 16, **LM, mask_type="soft"),
     "X-PEFT signs 96 x 16": xpeft(96, 16, **LM),
+    "X-PEFT signs 96 x 4": xpeft(96, 4, **LM),
+    "X-PEFT signs 96 x 8": xpeft(96, 8, **LM),
     "X-PEFT signs 392 x 4": xpeft(392, 4, **LM),
     "X-PEFT signs 1568 x 4": xpeft(1568, 4, **LM, start=0.3),
     "magnitude mask 0.5 %": Method(of(MagnitudeMaskConfig, **LM, density=0.005), start=3e-2),

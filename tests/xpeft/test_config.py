@@ -1,10 +1,12 @@
 import json
 
 import pytest
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 
 from peft_xmask import AdapterPool, XPEFTConfig
 from peft_xmask.errors import BaseMismatchError, ConfigError
+from peft_xmask.pool import BOTTLENECK_SIZE, NUM_ADAPTERS
 
 
 @pytest.mark.parametrize(
@@ -144,3 +146,29 @@ def test_too_many_profiles_are_refused_in_words(tiny_bert):
         config = XPEFTConfig(num_profiles=2**41, inference_mode=inference_mode)
         with pytest.raises(ConfigError, match="is too large for this machine: their masks take"):
             get_peft_model(tiny_bert(), config)
+
+
+@pytest.mark.parametrize(
+    ("base_dtype", "asked", "found"),
+    [
+        (torch.float32, None, "float32"),
+        (torch.bfloat16, None, "bfloat16"),
+        (torch.float16, None, "float32"),
+        (torch.bfloat16, "float32", "float32"),  # so says every adapter that was saved before there was a choice
+    ],
+)
+def test_a_random_pool_is_held_in_bfloat16_where_the_base_is(base_dtype, asked, found, tiny_bert, tmp_path):
+    model = get_peft_model(tiny_bert().to(base_dtype), XPEFTConfig(pool_dtype=asked))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["pool_dtype"] == found
+    elsewhere = PeftModel.from_pretrained(tiny_bert(), tmp_path)  # of the same pool, whatever the base is in
+    pools = [[m.down for m in each.modules() if type(m).__name__ == "PoolSlice"] for each in (model, elsewhere)]
+    assert {part.dtype for part in pools[0]} == {getattr(torch, found)}
+    assert all(torch.equal(part, same) for part, same in zip(*pools, strict=True))
+
+
+def test_saved_adapters_state_the_size_of_their_pool(tiny_bert, tmp_path):
+    """Another default in a later version cannot change them."""
+    get_peft_model(tiny_bert(), XPEFTConfig()).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert [fields[name] for name in ("num_adapters", "bottleneck_size")] == [NUM_ADAPTERS, BOTTLENECK_SIZE]

@@ -8,12 +8,15 @@ from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from ...core.adapter import AdapterForm
 from ...core.files import dtype_from_name
 from ...core.hub import HubPath, shown_name
 from ...core.masks import ESTIMATORS, MASK_WEIGHTINGS
 from ...errors import ConfigError
-from ...pool import AdapterPool
+from ...pool import BOTTLENECK_SIZE, NUM_ADAPTERS, AdapterPool
 from ...pool.beside import located
 from ..base.config import CardPool, require_choice, require_number, require_positive
 from ..base.peft_private import peft_type
@@ -52,7 +55,9 @@ class XPEFTConfig(SiteConfig):
         num_adapters: N of a random pool; read from the pool otherwise.
         bottleneck_size: b of a random pool; read from the pool otherwise.
         pool_seed: seed of a random pool: the pool *is* its seed.
-        pool_dtype: dtype of a random pool in memory: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        pool_dtype: dtype of a random pool in memory: ``"float32"``, ``"bfloat16"`` or ``"float16"``. None:
+            ``"bfloat16"`` if most of the base's weights are, otherwise ``"float32"``; recorded when the adapter is
+            made, so that a saved adapter has the same pool on any base.
         mask_type: ``"hard"``: exactly ``top_k`` of N, one bit each; ``"soft"``: softmax weights, two bytes each.
         top_k: adapters in a hard mask; None: ``max(1, N // 2)``.
         scale: the gain g, or where it starts. None: ``min(0.3, 40 / N)`` for a random pool, whose output then starts at
@@ -86,10 +91,13 @@ class XPEFTConfig(SiteConfig):
     """
 
     pool: str | AdapterPool | None = field(default=None, metadata={"help": "None (random), folder, Hub id or pool."})
-    num_adapters: int = field(default=100, metadata={"help": "N of a random pool."})
-    bottleneck_size: int = field(default=48, metadata={"help": "Bottleneck of a random pool."})
+    num_adapters: int = field(default=NUM_ADAPTERS, metadata={"help": "N of a random pool."})
+    bottleneck_size: int = field(default=BOTTLENECK_SIZE, metadata={"help": "Bottleneck of a random pool."})
     pool_seed: int = field(default=0, metadata={"help": "Seed of a random pool."})
-    pool_dtype: str = field(default="float32", metadata={"help": "What a random pool is held in."})
+    pool_dtype: str | None = field(
+        default=None,
+        metadata={"help": "What a random pool is held in; None: bfloat16 for a bfloat16 base."},
+    )
     mask_type: str = field(default="hard", metadata={"help": "'hard' or 'soft'."})
     top_k: int | None = field(default=None, metadata={"help": "Adapters in a hard mask; None: half of them."})
     scale: float | None = field(default=None, metadata={"help": "The gain, or its start; None: by kind of pool."})
@@ -111,7 +119,8 @@ class XPEFTConfig(SiteConfig):
         self._take_former_names(mask_norm)
         for name in ("num_adapters", "bottleneck_size", "num_profiles"):
             require_positive(name, getattr(self, name))
-        require_choice("pool_dtype", self.pool_dtype, ("float32", "bfloat16", "float16"))
+        if self.pool_dtype is not None:
+            require_choice("pool_dtype", self.pool_dtype, ("float32", "bfloat16", "float16"))
         require_choice("mask_type", self.mask_type, MASK_TYPES)
         require_choice("estimator", self.estimator, ESTIMATORS)
         if self.mask_weighting is not None:
@@ -164,10 +173,14 @@ class XPEFTConfig(SiteConfig):
             config.pool = HubPath.parse(where, kwargs.get("revision"), subfolder).name + config.pool[1:]
         return config
 
-    def resolve_pool(self) -> AdapterPool:
-        """The pool of this config, loaded if it is named by folder or id. Fields that depend on it are filled in."""
+    def resolve_pool(self, base: nn.Module | None = None) -> AdapterPool:
+        """The pool of this config, loaded if it is named by folder or id. Fields that depend on it are filled in.
+
+        Args:
+            base: decides the dtype of a random pool if ``pool_dtype`` does not. None: float32.
+        """
         if self.pool is None:
-            dtype = dtype_from_name(self.pool_dtype)
+            dtype = _dtype_for(base) if self.pool_dtype is None else dtype_from_name(self.pool_dtype)
             pool = AdapterPool.random(self.num_adapters, self.bottleneck_size, self.pool_seed, dtype=dtype)
         elif isinstance(self.pool, str):
             pool = AdapterPool.from_pretrained(self.pool)
@@ -256,3 +269,13 @@ class XPEFTConfig(SiteConfig):
             scale=self.scale,
             learn_gain=self.learn_gain,
         )
+
+
+def _dtype_for(base: nn.Module | None) -> torch.dtype:
+    """Of a random pool for a base: bfloat16 if most of its floating-point weights are, otherwise float32."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in () if base is None else base.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    most = max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+    return torch.bfloat16 if most == torch.bfloat16 else torch.float32

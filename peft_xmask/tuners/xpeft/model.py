@@ -57,7 +57,7 @@ class XPEFTModel(SiteTuner):
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         """Resolve the pool first: it knows sizes, defaults and, if it was trained, where its adapters belong."""
-        pool = self._injection.pool = peft_config.resolve_pool()
+        pool = self._injection.pool = peft_config.resolve_pool(self.model)
         _check_pool(peft_config, pool)
         if peft_config.target_modules is None and pool.target_modules is not None:
             self._injection.pool_names_targets = True
