@@ -18,7 +18,7 @@ from ..core.hub import Folder, HubOptions, find_folder
 from ..core.sites import partners
 from ..errors import ConfigError, FileFormatError, TargetError
 from ..tuners.base.tuner import TargetTuner
-from ..tuners.sites.layer import module_widths
+from ..tuners.sites.places import module_widths
 from ..tuners.xpeft import XPEFTConfig
 
 AUTO_CLASSES: Mapping[str, str] = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...errors import BaseMismatchError, ConfigError, MergeError, StaleGraphError
 from ..base.layer import TargetLayer
 from ..base.peft_private import check_adapters_to_merge
-from ..sites.layer import module_widths
+from ..sites.places import module_widths
 from .autograd import Change, TrainedChange, run_changed
 from .flat_indices import FlatIndices
 from .guard import LayerUse, PassGuard

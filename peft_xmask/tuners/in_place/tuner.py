@@ -17,7 +17,7 @@ from ..base.calls import worth_adapting
 from ..base.experts import is_fused_experts
 from ..base.peft_private import AuxiliaryTrainingWrapper, BaseTunerLayer, set_adapter
 from ..base.tuner import TargetTuner
-from ..sites.layer import module_widths
+from ..sites.places import module_widths
 from .layer import InPlaceLayer
 from .table import DeltaTable
 

@@ -20,7 +20,8 @@ class SiteConfig(TargetConfig):
             False, or what a pool needs.
         insertion_form: ``"sequential"`` (reads the module's output) or ``"parallel"`` (reads its input). None:
             ``"sequential"``, or what a pool needs.
-        target_modules: names or a regular expression of the linear modules to adapt, or ``"all-linear"``. None: the
+        target_modules: names or a regular expression of the modules to adapt, or ``"all-linear"``: linear layers, fused
+            experts and, sequentially, convolutions and embeddings. None: the
             sites of a trained pool, else the feed-forward output projection of each block, for the architectures in
             ``peft_xmask.tuners.base.targets.FFN_OUTPUT``.
 

@@ -17,29 +17,10 @@ from transformers.pytorch_utils import Conv1D
 from ...core.adapter import AdapterForm, AdapterPair, adapt
 from ...core.lora import LinearChange, parallel_change, sequential_change
 from ...errors import FileFormatError, MergeError, TargetError
-from ..base.experts import experts_width
 from ..base.layer import TargetLayer
 from ..base.mixed_batch import examples_by_name
-from ..base.peft_private import BaseTunerLayer, check_adapters_to_merge
-
-
-def module_widths(module: nn.Module) -> tuple[int, int] | None:
-    """Input and output width of a linear module, or of fused experts; None for any other module."""
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.nf)
-    widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if isinstance(widths[0], int) and isinstance(widths[1], int) and not isinstance(module, BaseTunerLayer):
-        return widths  # type: ignore[return-value]
-    width = experts_width(module)
-    return None if width is None else (width, width)
-
-
-def device_of(module: nn.Module) -> torch.device | None:
-    """Where a module's weight is; None if it has none or it is on the meta device."""
-    weight = getattr(module, "weight", None)
-    if weight is None:  # fused experts
-        weight = next(module.parameters(recurse=False), None)
-    return weight.device if isinstance(weight, Tensor) and not weight.is_meta else None
+from ..base.peft_private import check_adapters_to_merge
+from .places import place_of
 
 
 def _broken(adapter_name: str) -> str:
@@ -51,7 +32,7 @@ def _broken(adapter_name: str) -> str:
 
 
 class SiteLayer(TargetLayer):
-    """Wraps one linear module. Subclasses say which adapters there are, and give each as a pair of matrices.
+    """Wraps one module. Subclasses say which adapters there are, and give each as a pair of matrices.
 
     Several active adapters add up, each reading the module's own input or output:
     ``y + sum_a up_a act(down_a y)``.
@@ -60,9 +41,10 @@ class SiteLayer(TargetLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
-        widths = module_widths(self.get_base_layer())
-        assert widths is not None  # the tuner has checked every site
-        self.in_features, self.out_features = widths
+        place = place_of(self.get_base_layer())
+        assert place is not None  # the tuner has checked every site
+        self.in_features, self.out_features = place.in_features, place.out_features
+        self._feature_axis = place.feature_axis
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
@@ -79,11 +61,11 @@ class SiteLayer(TargetLayer):
         """The module's output with the active adapters added.
 
         Args:
-            x: shape ``[..., in_features]``.
+            x: shape ``[..., in_features]``; of a convolution ``[..., in_features, *size]``, of an embedding any shape.
             adapter_names: one adapter name, or ``"__base__"``, for each example of the batch.
 
         Returns:
-            shape ``[..., out_features]``, in the dtype of the module's own output.
+            shape ``[..., out_features]``, of a convolution ``[..., out_features, *size]``; the module's own dtype.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -106,11 +88,14 @@ class SiteLayer(TargetLayer):
 
     def _change(self, name: str, form: AdapterForm, x: Tensor, y: Tensor) -> Tensor:
         source = y if form.insertion_form == "sequential" else x
+        if self._feature_axis != -1:
+            # contiguous, because otherwise PyTorch's matmul computes differently if something requires a gradient
+            source = source.movedim(self._feature_axis, -1).contiguous()
         pair = self.pair(name)
         if not torch.is_autocast_enabled(source.device.type):
             source = self._cast_input_dtype(source, pair.down.dtype)  # type: ignore[no-untyped-call]
         change = adapt(source, pair, activation=form.activation, layer_norm=form.layer_norm, dropout=self.dropout(name))
-        return change.to(y.dtype)
+        return (change if self._feature_axis == -1 else change.movedim(-1, self._feature_axis)).to(y.dtype)
 
     def dropout(self, adapter_name: str) -> float:
         """Probability, at this moment, of zeroing an input of the adapter's up-projection."""
@@ -139,8 +124,9 @@ class SiteLayer(TargetLayer):
         base = self.get_base_layer()
         if kind := self._not_plain():
             return (
-                f"its weight is not one plain tensor, but quantised, sharded, or computed ({kind}): merging would "
-                "round it, change a part of it, or be lost. Use the adapter unmerged."
+                f"it is not a linear layer whose weight is one plain tensor ({kind}): merging would round a quantised "
+                "weight, change a part of a sharded one, and be lost in a computed one; convolutions, embeddings and "
+                "experts are not merged into. Use the adapter unmerged."
             )
         for name in adapter_names:
             if self.form(name) is None:
@@ -213,8 +199,9 @@ class SiteLayer(TargetLayer):
             return parallel_change(pair)
         if kind := self._not_plain():
             raise MergeError(
-                f"Adapter '{name}' reads the output of a module whose weight is quantised or sharded ({kind}), and "
-                'cannot be written as a map of its input. Use insertion_form="parallel", or the adapter as it is.'
+                f"Adapter '{name}' reads the output of a module that is not a linear layer with a plain weight "
+                f"({kind}), and cannot be written as a map of its input. On a quantised or sharded linear layer use "
+                'insertion_form="parallel", elsewhere the adapter as it is.'
             )
         weight, bias = self._before_merge or self._weight_and_bias()
         return sequential_change(pair, weight.T if isinstance(self.get_base_layer(), Conv1D) else weight, bias)

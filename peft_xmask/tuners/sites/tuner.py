@@ -11,7 +11,8 @@ from ...errors import MergeError, TargetError
 from ..base.targets import FFN_OUTPUT
 from ..base.tuner import TargetTuner
 from .config import SiteConfig
-from .layer import SiteLayer, module_widths
+from .layer import SiteLayer
+from .places import place_of
 
 
 class SiteTuner(TargetTuner):
@@ -51,11 +52,19 @@ def _numbers(layer: nn.Module) -> Tensor | None:
 
 
 def _site(config: SiteConfig, name: str, layer: nn.Module) -> Site:
-    widths = module_widths(layer)
-    if widths is None:
+    place = place_of(layer)
+    if place is None:
         raise TargetError(
             f"Module '{name}' is a {type(layer).__name__}, which cannot carry an adapter; expected a linear layer "
-            "(nn.Linear, transformers' Conv1D, a quantised linear, or fused experts with a router). Change "
-            "target_modules or exclude_modules."
+            "(nn.Linear, transformers' Conv1D, a quantised linear), a convolution, an embedding, or fused experts with "
+            "a router. Change target_modules or exclude_modules. MagnitudeMaskConfig adapts any module with a weight, "
+            'and WeightAdapterConfig(target="weight") too.'
         )
-    return Site(name, widths[0] if config.form.insertion_form == "parallel" else widths[1], widths[1])
+    if config.form.insertion_form == "sequential":
+        return Site(name, place.out_features, place.out_features)
+    if place.why_not_parallel is not None:
+        raise TargetError(
+            f"Module '{name}' is a {type(layer).__name__}, which cannot carry a parallel adapter: "
+            f'{place.why_not_parallel}. Pass insertion_form="sequential", or change target_modules.'
+        )
+    return Site(name, place.in_features, place.out_features)

@@ -8,7 +8,8 @@ from torch import nn
 
 from ...core.adapter import AdapterForm, AdapterPair
 from ...pool import PoolSlice
-from ..sites.layer import SiteLayer, device_of
+from ..sites.layer import SiteLayer
+from ..sites.places import device_of
 from .table import MaskTable, XPEFTModule
 
 

@@ -18,7 +18,8 @@ from ...pool import AdapterPool, PoolSlice
 from ..base.peft_private import accept_rows, register
 from ..base.tuner import Injection
 from ..sites.config import SiteConfig
-from ..sites.layer import SiteLayer, device_of
+from ..sites.layer import SiteLayer
+from ..sites.places import device_of
 from ..sites.tuner import SiteTuner
 from .cache import MixedAdapterCache
 from .config import XPEFTConfig
