@@ -8,8 +8,6 @@ from quality_pools import ADAPTERS, SITES, cut_adapters, home_made, principal_ad
 
 ATTENTION_PATTERN = r".*\.attention\.output\.dense"
 BOTH_PATTERN = r".*\.output\.dense"
-LINEAR_PATTERN = r".*\.layer\.\d+\..*(query|key|value|dense)"
-SIGNS = {"mask_weighting": "signed", "scale": 0.1}
 SIGNS_QV = {
     "target_modules": ["query", "value"],
     "mask_weighting": "signed",
@@ -153,13 +151,6 @@ LEADS = {
         "signs, 1600 x 3": xpeft(1600, 3, mask_weighting="signed", scale=0.03),
         "signs, query and value, 200 x 2": xpeft(200, 2, **SIGNS_QV),
         "signs, query and value, 50 x 2": xpeft(50, 2, **SIGNS_QV, search=False),
-    },
-    "steps": {
-        "signs, 392 x 12, rate 0.3": xpeft(392, 12, **SIGNS, start=0.3, search=False),
-        "signs, 392 x 12, both outputs": xpeft(392, 12, **SIGNS, target_modules=BOTH_PATTERN, search=False),
-        "signs, 392 x 12, all linear": xpeft(392, 12, **SIGNS, target_modules=LINEAR_PATTERN, search=False),
-        "signs, 1568 x 12": xpeft(1568, 12, mask_weighting="signed", scale=0.03, search=False),
-        "soft, 392 x 12": xpeft(392, 12, mask_type="soft", search=False),
     },
     "common": {
         "mean of the trained pool": xpeft_of(

@@ -72,10 +72,6 @@ TASKS = {
         f"{task}-common": Task("clinc150", "model", 100, 16, domain, rates_from="car", common=True)
         for task, domain in UNSEEN.items()
     },
-    **{
-        f"{task}-common-400": Task("clinc150", "model", 400, 16, domain, rates_from="car", common=True)
-        for task, domain in UNSEEN.items()
-    },
     **{domain: Task("clinc150", "model", 100, 16, domain, rates_from="car") for domain in SEEN},
     "banking77": Task("banking77", "mean", 200, 16),
     "banking77-600": Task("banking77", "mean", 600, 16, rates_from="banking77"),
