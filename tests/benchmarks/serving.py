@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.table import Table
 from timing import load_average, out, print_json
 
+from peft_xmask import ProfileBank
 from peft_xmask.cli.demo import film_table, minilm_folder
 from peft_xmask.people.personalize import personalize
 from peft_xmask.people.predictor import Predictor
@@ -132,6 +133,7 @@ def main():
     parser.add_argument("--requests", type=int, default=10_000, help="of each server, in all rounds together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--bank", type=Path, help="of film ratings; default: one is trained on the demo's 60 people")
     parser.add_argument("--serve-base", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--clients-of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--pairs", type=Path, help=argparse.SUPPRESS)
@@ -144,20 +146,23 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         table = film_table(place, 60)
-        settings = PersonalizeSettings(max_length=32, epochs=0.25)
-        personalize(minilm_folder(), table, place / "bank", settings)
+        bank = options.bank or place / "bank"
+        if options.bank is None:
+            settings = PersonalizeSettings(max_length=32, epochs=0.25)
+            personalize(minilm_folder(), table, bank, settings)
+        known = list(ProfileBank.from_pretrained(bank))
         films = [example.text for example in table.parts["test"][:50]]
-        pairs = [(film, who) for film in films for who in [*table.people, None]]
+        pairs = [(film, who) for film in films for who in [*known, None]]
         (place / "pairs.json").write_text(json.dumps(pairs))
         texts, people = zip(*pairs, strict=True)
         expected, answers = {}, {}
         for name, predictor in (("bank", Predictor), ("base alone", BaseAlone)):
-            answers = predictor.from_pretrained(place / "bank").predict(texts, people)
+            answers = predictor.from_pretrained(bank).predict(texts, people)
             expected[name] = [answer.value for answer in answers]
         apart = len({round(value, 2) for value in expected["bank"]})
-        serving = ["-m", "peft_xmask.cli", "serve", "--bank", place / "bank", "--workers", options.workers]
+        serving = ["-m", "peft_xmask.cli", "serve", "--bank", bank, "--workers", options.workers]
         found = {"bank": [], "base alone": []}
-        with server(*serving) as ours, server(__file__, "--serve-base", place / "bank") as theirs:
+        with server(*serving) as ours, server(__file__, "--serve-base", bank) as theirs:
             for turn in range(options.rounds + 1):
                 for name, port in (("bank", ours), ("base alone", theirs))[:: 1 if turn % 2 else -1]:
                     some = options.requests // options.rounds if turn else 200  # the first round warms up
@@ -165,7 +170,7 @@ def main():
                     if turn:
                         found[name].append(run)
     facts = {"clients": options.clients, "workers": options.workers, "different_answers": apart, "servers": {}}
-    shown = Table(title=f"{options.clients} clients, MiniLM, {len(table.people)} people, {options.rounds} rounds")
+    shown = Table(title=f"{options.clients} clients, MiniLM, {len(known)} people, {options.rounds} rounds")
     for column in ("server", "requests", "wrong", "p50, ms", "p99, ms", "requests/s"):
         shown.add_column(column)
     for name, rounds in found.items():
