@@ -39,9 +39,10 @@ class ProfileLearning:
         batch_size: examples in a step; fewer examples are one batch.
         mask_learning_rate: learning rate of the mask logits.
         prior_strength: over a fitted pool, the weight of the prior fitted with it, of which each example's loss has an
-            equal share. 0: no prior. Losses are taken as nats. Other pools have no prior.
+            equal share; see :class:`~peft_xmask.ProfileTraining`. 0: no prior.
         gain_factors: candidates for how far the profile deviates: its gains are multiplied by the factor that does best
             on examples that were left out, by the mean change of the loss plus one standard error. 0 is no deviation.
+            Where a prior counts, it decides how far the profile goes, and factors above 1 are left out.
         example_loss: computes the loss of each example from a model's outputs and the batch. None:
             :func:`~peft_xmask.training.evaluation.example_losses`.
 
@@ -52,7 +53,7 @@ class ProfileLearning:
     steps: int = 6
     batch_size: int = 32
     mask_learning_rate: float = 0.3
-    prior_strength: float = 1.0
+    prior_strength: float = 3.0
     gain_factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
     example_loss: ExampleLoss | None = None
 
@@ -195,11 +196,21 @@ class Learner:
             (means.sum() + self._prior(pairs, rows)).backward()
             optimizer.step()
 
+    @property
+    def _has_prior(self) -> bool:
+        return self._profiles.masks.fitting is not None and self.settings.prior_strength > 0
+
+    @property
+    def _factors(self) -> list[float]:
+        """Candidates for the factor of the gains, in order. With a prior, none that would undo it."""
+        known = sorted(self.settings.gain_factors)
+        return [factor for factor in known if factor <= 1] or known if self._has_prior else known
+
     def _prior(self, pairs: list[tuple[int, int]], rows: int) -> Tensor:
         """Minus the log prior of every row, by example that it learns from; zero where the pool has none."""
-        masks, strength = self._profiles.masks, self.settings.prior_strength
-        if masks.fitting is None or not strength:
+        if not self._has_prior:
             return torch.zeros(())
+        masks, strength = self._profiles.masks, self.settings.prior_strength
         counts = torch.bincount(torch.tensor([row for row, _ in pairs]), minlength=rows).clamp_min(1)
         return (masks.minus_log_prior(torch.arange(rows)).cpu() * strength / counts).sum()
 
@@ -214,13 +225,13 @@ class Learner:
         bits, gain_bits = packed
         gains, row_of, places = unpack_halves(gain_bits), 1 + fold_of, torch.arange(len(fold_of))
         found = []
-        for factor in sorted(self.settings.gain_factors):
+        for factor in self._factors:
             self._profiles.load((bits, pack_halves(gains * factor)))
             with torch.no_grad():
                 found.append(self._losses(batch, states, row_of, places).double().cpu())
         change = torch.stack(found) - found[0]
         score = change.mean(1) + change.std(1) / len(places) ** 0.5
-        return sorted(self.settings.gain_factors)[int(score.argmin())]
+        return self._factors[int(score.argmin())]
 
     def _losses(self, batch: dict[str, Tensor], states: Tensor | None, rows: Tensor, places: Tensor) -> Tensor:
         some = {key: value[places.to(value.device)] for key, value in batch.items()}

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from quality_fitted import common_alone, fitted
 from quality_method import k_hot, xpeft, xpeft_of
 from quality_pools import ADAPTERS, SITES, cut_adapters, home_made, principal_adapters, trained_adapters, trained_loras
 
@@ -156,6 +157,12 @@ LEADS = {
         "mean of the trained pool": xpeft_of(
             trained_adapters, 48, top_k=ADAPTERS, scale=2.0, start=0.3, search=False, payload=2 * SITES
         ),
+    },
+    "fitted": {
+        "common part of the fitted pool": xpeft_of(fitted, 392, payload=0, search=False, prepare=common_alone),
+        "fitted pool, 392": xpeft_of(fitted, 392, search=False),
+        "fitted pool, 392, rate 0.3": xpeft_of(fitted, 392, start=0.3, search=False),
+        "fitted pool, 392, gain 3": xpeft_of(fitted, 392, scale=3.0, search=False),
     },
     "pool": {
         "uniform pool": xpeft_of(home_made, "uniform", mask_weighting="variance", scale=0.3, search=False),

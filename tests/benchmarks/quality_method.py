@@ -54,13 +54,13 @@ def xpeft(num_adapters=100, bottleneck_size=48, *, start=0.1, **settings):
     return Method(made, start=start, masks=True, **training)
 
 
-def xpeft_of(pool, *arguments, start=0.1, search=True, payload=None, **settings):
+def xpeft_of(pool, *arguments, start=0.1, search=True, payload=None, prepare=nothing, **settings):
     """X-PEFT over a pool that is made when it is first wanted."""
 
     def made():
         return XPEFTConfig(task_type="SEQ_CLS", pool=pool(*arguments), **settings)
 
-    return Method(made, start=start, masks=True, search=search, payload=payload)
+    return Method(made, start=start, masks=True, search=search, payload=payload, prepare=prepare)
 
 
 def k_hot(*sizes, **settings):

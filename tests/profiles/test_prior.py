@@ -134,3 +134,12 @@ def test_a_learner_goes_further_the_more_a_person_has_said(pool, tmp_path):
     few, many, without = sizes
     assert few < many
     assert few < without
+
+
+def test_gains_chosen_by_few_examples_do_not_undo_the_prior(pool, tmp_path):
+    bank = train(pool, tmp_path)
+    learner = Learner(fitted.base(), bank, ProfileLearning(gain_factors=(1.0, 8.0)))
+    free = Learner(fitted.base(), bank, ProfileLearning(gain_factors=(8.0,), prior_strength=0.0))
+    examples = [row for row in fitted.people(7, 60) if row["task"] == "west"]
+    gains = [unpack_halves(each.learn(examples[:8]).gain_bits).max() for each in (learner, free)]
+    assert gains[0] < 4 < gains[1]
