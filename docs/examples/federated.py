@@ -43,7 +43,7 @@ from peft_xmask.cli.corpus import docstring_corpus
 from peft_xmask.cli.demo import minilm_folder
 from peft_xmask.cli.methods import HEAD_LEARNING_RATE, LEARNING_RATES
 from peft_xmask.cli.train_settings import TrainSettings
-from peft_xmask.tuners.magnitude_mask.averaging import combine
+from peft_xmask.tuners.in_place.combining import combine
 
 CLIENTS = 4
 AT_HOME = 0.85

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -207,6 +208,42 @@ class TargetTuner(BaseTuner):
     def _new_layer(self, target: nn.Module) -> Any:
         """The layer that replaces a module."""
         return self.layer_cls(target)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = ""
+    ) -> None:
+        """Add an adapter that is a weighted sum of others, for methods in which such a sum is an adapter.
+
+        Raises:
+            ConfigError: here it is not.
+        """
+        kinds = {str(getattr(config.peft_type, "value", config.peft_type)) for config in self.peft_config.values()}
+        raise ConfigError(
+            f"A weighted sum of {' and '.join(sorted(kinds))} adapters is not an adapter of that method: a sum of "
+            "k-of-N masks does not choose k of N, and the product of two summed mixes has cross terms. Activate "
+            "several adapters at once to add them with weight 1 (model.base_model.set_adapter([...])). For other "
+            "weights, convert linear ones with peft.convert_to_lora and combine the LoRAs."
+        )
+
+    def _check_combination(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Refuse names and weights that cannot make a new adapter."""
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or adapter_name in self.peft_config:
+            raise ConfigError(
+                f"Expected names of adapters and a new name, found {adapters} and {adapter_name!r}. There are: "
+                f"{', '.join(sorted(self.peft_config))}."
+            )
+        if len(weights) != len(adapters) or not all(math.isfinite(weight) for weight in weights):
+            raise ConfigError(f"Expected one finite weight for each of {adapters}, found {weights}.")
+
+    def _inject_combination(self, adapter_name: str, config: Any) -> None:
+        """Put a new adapter into the model, to be filled with a sum; on an error the model is as before."""
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
 
     def unload(self) -> nn.Module:
         """The base model alone, bit for bit. Merged adapters are unmerged first; ``merge_and_unload`` keeps them."""

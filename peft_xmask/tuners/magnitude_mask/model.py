@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...core.files import dtype_from_name
-from ...errors import ConfigError, MaskMismatchError, MergeError, TargetError
+from ...errors import MaskMismatchError, MergeError, TargetError
 from ..base.peft_private import register
+from ..in_place.combining import combine
 from ..in_place.flat_indices import FlatIndices
 from ..in_place.tuner import InPlaceTuner, linear_layers_of_blocks, parameter_names
-from .averaging import combine
 from .config import MagnitudeMaskConfig
 from .layer import MagnitudeMaskLayer, MagnitudeMaskModule, MaskedParameter, ModuleMask, ValueTable
 from .mask import Candidate, Mask, make_mask, recover_mask
@@ -86,12 +86,7 @@ class MagnitudeMaskModel(InPlaceTuner):
             ConfigError: an adapter does not exist, the new name is taken, or the weights are invalid.
             MaskMismatchError: the adapters have different masks.
         """
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown or adapter_name in self.peft_config:
-            raise ConfigError(
-                f"Expected names of adapters and a new name, found {adapters} and {adapter_name!r}. There are: "
-                f"{', '.join(sorted(self.peft_config))}."
-            )
+        self._check_combination(adapters, weights, adapter_name)
         vectors = [self.table.holders[name].weight for name in adapters]
         values = combine(vectors, weights, combination_type)
         configs: dict[str, Any] = self.peft_config
@@ -105,13 +100,7 @@ class MagnitudeMaskModel(InPlaceTuner):
                     expected=first,
                     found=fingerprint,
                 )
-        config = replace(self.peft_config[adapters[0]])
-        self.peft_config[adapter_name] = config
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
+        self._inject_combination(adapter_name, replace(self.peft_config[adapters[0]]))
         with torch.no_grad():
             self.table.holders[adapter_name].weight.copy_(values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -10,9 +11,10 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from ...core.files import dtype_from_name
-from ...errors import TargetError
+from ...errors import ConfigError, TargetError
 from ..base.peft_private import register
 from ..base.targets import FFN_LINEAR
+from ..in_place.combining import combine
 from ..in_place.tuner import TABLE, InPlaceTuner, find_table, parameter_names
 from .config import WeightAdapterConfig
 from .layer import AdaptedParameter, ModuleAdapter, ResultTable, StoredChange, WeightAdapterLayer, WeightAdapterModule
@@ -67,6 +69,50 @@ class WeightAdapterModel(InPlaceTuner):
             self.table.add(adapter_name, start if adapter.trained else start.clone(), self._new, rounding)
             self._copy_stored(adapter_name)
         layer.add(adapter_name, adapter, self.table, config.dropout)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "avg"
+    ) -> None:
+        """Add an adapter whose change of the parameters is a weighted sum of others' changes.
+
+        Args:
+            adapters: names of adapters.
+            weights: one for each.
+            adapter_name: of the new adapter, whose config is that of the first; it is not set active. Training goes on
+                from the sum.
+            combination_type: ``"avg"`` (the weights are divided by their sum) or ``"linear"``.
+
+        Raises:
+            ConfigError: names or weights are invalid, or the adapters change other parameters.
+        """
+        self._check_combination(adapters, weights, adapter_name)
+        parts = [self._parts(name) for name in adapters]
+        for name, found in zip(adapters, parts, strict=True):
+            if found != parts[0]:
+                raise ConfigError(
+                    f"Expected adapters of the same parameters, found '{adapters[0]}' and '{name}' with other "
+                    "modules or another target. Activate them together instead: they add up."
+                )
+        total = combine([self._change(name) for name in adapters], weights, combination_type)
+        self._inject_combination(adapter_name, replace(self.peft_config[adapters[0]]))
+        holder = self.table.holders[adapter_name]
+        with torch.no_grad():
+            holder.weight = holder.weight.clone()  # room for what is to be kept
+            holder.weight.copy_(total)
+
+    def _parts(self, adapter_name: str) -> list[tuple[str, str, int]]:
+        """Which parameters an adapter changes, and their places in its vector."""
+        return [
+            (name, each.name, each.part)
+            for name, layer in adapted_layers(self.model, adapter_name).items()
+            for each in layer.weight_adapter_adapted[adapter_name].adapted
+        ]
+
+    def _change(self, adapter_name: str) -> Tensor:
+        """All that an adapter changes, as one vector."""
+        layers = adapted_layers(self.model, adapter_name).values()
+        results = sorted((each for layer in layers for each in layer.result(adapter_name)), key=lambda each: each[0])
+        return torch.cat([result.reshape(-1).float() for _, result in results])
 
     def _copy_stored(self, adapter_name: str) -> None:
         """For trl's reference adapter, which is made with the policy's config object and given its parameters only."""

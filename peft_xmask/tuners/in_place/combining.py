@@ -1,4 +1,4 @@
-"""Weighted sums of adapters that share a mask."""
+"""Weighted sums of adapters' vectors."""
 
 from __future__ import annotations
 
