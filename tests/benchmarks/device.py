@@ -1,7 +1,7 @@
 """Ratios of X-PEFT beside PEFT's LoRA on an accelerator, in bfloat16, at the shapes of real language models.
 
-Random weights: only shapes matter here. Without an accelerator the script runs at a tiny shape, which keeps it working,
-and says that nothing was measured.
+Random weights: only shapes matter here. Without an accelerator the script runs at a tiny shape, which shows that it
+works, and says what was not measured.
 
 Rows (all ratios are medians of rounds, each candidate in turn within a round, with the 95 % interval of the median):
   step        forward, backward and AdamW step, 2 x 16 tokens: X-PEFT over LoRA r=8 on q and v
@@ -33,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peft_xmask
 from peft_xmask import AdapterPool, ProfileBank, XPEFTConfig
+from peft_xmask.pool import BOTTLENECK_SIZE, NUM_ADAPTERS
 
 SHAPES = {
     "tiny": (2, 64, 4, 172, 256),
@@ -114,8 +115,8 @@ def main():
     found = torch.cuda.is_available()
     parser.add_argument("--device", default="cuda" if found else "cpu")
     parser.add_argument("--shape", choices=SHAPES, default="1b" if found else "tiny")
-    parser.add_argument("--num-adapters", type=int, default=100)
-    parser.add_argument("--bottleneck-size", type=int, default=4)
+    parser.add_argument("--num-adapters", type=int, default=NUM_ADAPTERS)
+    parser.add_argument("--bottleneck-size", type=int, default=BOTTLENECK_SIZE)
     parser.add_argument("--distinct", type=int, default=64, help="profiles of the mixed batch (64)")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a group of candidates (60)")
@@ -176,13 +177,18 @@ def main():
     shown.add_row("memory (bytes over the base's)", f"{pool_bytes / base_bytes:.4f}")
     out().print(shown)
     measured = device != "cpu"
+    unmeasured = [] if measured else [*results, "pool", "memory"]
     if not measured:
-        print("No accelerator: this was a run of the script at a tiny shape on the CPU. Nothing above is a result.")
+        print(
+            f"No accelerator: the script ran at the shape '{options.shape}' on the CPU, to show that it works. Not measured "
+            f"in bfloat16 at the shapes 1b and 7b: {', '.join(unmeasured)}."
+        )
     print_json(
         {
             "benchmark": "device",
             "device": torch.cuda.get_device_name() if measured else "cpu",
             "measured_on_an_accelerator": measured,
+            "not_measured": unmeasured,
             "shape": options.shape,
             "pool": [options.num_adapters, options.bottleneck_size],
             "distinct": options.distinct,

@@ -118,7 +118,6 @@ LEADS = {
         "signs, 100 x 4": xpeft(100, 4, search=False),
         "signs, scale 0.3": xpeft(mask_weighting="signed", scale=0.3, search=False),
         "signs, 100 x 12": xpeft(100, 12, search=False),
-        "signs, 100 x 24": xpeft(100, 24, search=False),
         "signs, 100 x 8": xpeft(100, 8, search=False),
         "signs, 100 x 4, rate 0.3": xpeft(100, 4, start=0.3, search=False),
     },
