@@ -180,8 +180,8 @@ def main():
     unmeasured = [] if measured else [*results, "pool", "memory"]
     if not measured:
         print(
-            f"No accelerator: the script ran at the shape '{options.shape}' on the CPU, to show that it works. Not measured "
-            f"in bfloat16 at the shapes 1b and 7b: {', '.join(unmeasured)}."
+            f"No accelerator: the script ran at the shape '{options.shape}' on the CPU, to show that it works. Not "
+            f"measured in bfloat16 at the shapes 1b and 7b: {', '.join(unmeasured)}."
         )
     print_json(
         {

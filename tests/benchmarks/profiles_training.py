@@ -29,6 +29,8 @@ from transformers import (
 
 from peft_xmask import XPEFTConfig
 from peft_xmask.profiles import RowAdamW, train_profiles
+from peft_xmask.training.prefix import Prefix
+from peft_xmask.training.states import ExamplesWithStates, StatesCollator, StatesRecorder, replaying
 
 SHAPE = dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536)
 
@@ -82,21 +84,60 @@ def arguments(folder, epochs, batch_size):
     )  # fmt: skip
 
 
-def one_lora(base, examples, epochs, batch_size, folder):
-    """Train and save one profile the usual way: the base is held, the Trainer makes the loop."""
-    model = get_peft_model(twin(base), LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS"))
+def one_lora(base, examples, epochs, batch_size, folder, layers=None, *, cached=False):
+    """Train and save one profile the usual way: the base is held, the Trainer makes the loop.
+
+    ``cached``: from the states before the first adapted block, computed once for these examples.
+    """
+    adapter = LoraConfig(r=8, target_modules=["query", "value"], task_type="SEQ_CLS", layers_to_transform=layers)
+    model = get_peft_model(twin(base), adapter)
     data = [{key: row[key] for key in ("input_ids", "labels")} for row in examples]
     args = arguments(folder, epochs, batch_size)
-    trainer = Trainer(model, args, train_dataset=data, data_collator=default_data_collator)
+    args.remove_unused_columns = not cached
+    prefix, collator = Prefix.of(model) if cached else None, default_data_collator
+    if cached:
+        states = StatesRecorder(model, prefix, collator, batch_size, {}).states(data, None, "")
+        data, collator = ExamplesWithStates(data, states), StatesCollator(collator)
+    trainer = Trainer(model, args, train_dataset=data, data_collator=collator)
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with replaying(model, prefix):
+        trainer.train()
     model.save_pretrained(folder)
 
 
-def together(base, examples, epochs, batch_size, folder):
+def together(base, examples, epochs, batch_size, folder, layers=None, cache=None):
     args = arguments(folder, epochs, batch_size)
-    bank = train_profiles(twin(base), examples, config=config(1), args=args, sampling_temperature=1.0, progress=False)
+    adapter = config(1)
+    adapter.layers_to_transform = layers
+    bank = train_profiles(
+        twin(base), examples, config=adapter, args=args, sampling_temperature=1.0, cache=cache, progress=False
+    )
     bank.save_pretrained(folder)
+
+
+LAST = [4, 5]  # the last third of the blocks
+
+
+def last_blocks(profiles, each, length, epochs, batch_size, loras):
+    """Seconds a profile where only the last blocks are adapted: together with and without a cache; LoRAs likewise."""
+    base, examples = base_of(), examples_of(profiles, each, length)
+    found = {"together": [], "together, cached": [], "LoRA": [], "LoRA, cached": []}
+
+    def timed(name, count, run, *args, **named):
+        start = time.perf_counter()
+        run(base, *args, epochs, batch_size, folder, LAST, **named)
+        found[name].append((time.perf_counter() - start) / count)
+
+    with tempfile.TemporaryDirectory() as folder:
+        one_lora(base, examples[:each], 1, batch_size, folder, LAST)
+        for number in range(loras):
+            mine = examples[number * each : (number + 1) * each]
+            for name in ("LoRA", "LoRA, cached"):
+                timed(name, 1, one_lora, mine, cached="cached" in name)
+            if number in (loras // 3, 2 * loras // 3):
+                timed("together", profiles, together, examples)
+                timed("together, cached", profiles, together, examples, cache="auto")
+    return {name: round(3600 / Summary.of(seconds).median) for name, seconds in found.items()}
 
 
 def lora_apart(each, length, epochs, batch_size):
@@ -211,6 +252,9 @@ def main():
             "profiles": options.profiles, "examples": options.examples, "epochs": options.epochs,
             "batch_size": options.batch_size, "length": options.length, "joint": round(3600 / joint), "lora": loras,
         }  # fmt: skip
+        facts["last_blocks_an_hour"] = last_blocks(
+            options.profiles, options.examples, options.length, options.epochs, options.batch_size, options.loras
+        )
         bar.advance(task)
         facts["memory"] = {}
         for profiles, touched in ((1000, 32), (100_000, 32), (100_000, 320)):
@@ -241,6 +285,11 @@ def show(console, facts):
         low, high = lora["ratio"]["interval"]
         ratio = f"{lora['ratio']['median']:.1f} ({low:.1f} to {high:.1f})"
         table.add_row(f"{found['joint']:,}", name.replace("_", " "), f"{lora['an_hour']:,}", ratio)
+    console.print(table)
+    table = Table(title="Profiles per hour, adapters in the last two blocks of six")
+    for name in facts["last_blocks_an_hour"]:
+        table.add_column(name)
+    table.add_row(*(f"{number:,}" for number in facts["last_blocks_an_hour"].values()))
     console.print(table)
     table = Table(title="Memory of training rows (S = 6, N = 100), in a process each")
     for column in ("rows trained", "making the adapter", "training", "optimizer in a checkpoint"):

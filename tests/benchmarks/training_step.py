@@ -68,8 +68,8 @@ def training_candidates(base, batch, device):
     labels = torch.arange(batch["input_ids"].shape[0], device=device) % 2
     configs = {
         LORA: method_config("lora", lora_rank=8),
-        HARD: method_config("xpeft"),
-        SOFT: method_config("xpeft", mask_type="soft"),
+        HARD: method_config("xpeft", bottleneck_size=48),
+        SOFT: method_config("xpeft", bottleneck_size=48, mask_type="soft"),
         BOTTLENECK: method_config("bottleneck"),
         HEAD: method_config("head"),
     }
@@ -93,7 +93,7 @@ def inference_models(base):
     """Models as they are loaded to serve one profile."""
     configs = {
         NO_BIAS: BottleneckConfig(task_type="SEQ_CLS", use_bias=False, init_weights=False),
-        HARD: XPEFTConfig(task_type="SEQ_CLS"),
+        HARD: XPEFTConfig(task_type="SEQ_CLS", bottleneck_size=48),
         BOTTLENECK: BottleneckConfig(task_type="SEQ_CLS", init_weights=False),
     }
     models = {}
