@@ -55,6 +55,9 @@ def personalize(
     num_adapters: Annotated[int, typer.Option(help="Adapters in a random pool.")] = 104,
     layers: Annotated[int, typer.Option(help="How many of the last blocks are adapted; 0: all.", min=0)] = 2,
     min_labels: Annotated[int, typer.Option(help="Training rows that a person needs for a profile.", min=1)] = 3,
+    common_epochs: Annotated[
+        int, typer.Option(help="Passes over the data for a common adapter (causal-lm, --pool fit).", min=1)
+    ] = 10,
     seed: Annotated[int, typer.Option(help="Of the masks' start, the order of the data and dropout.")] = 0,
     ray: Annotated[int | None, typer.Option(help="Train with this many Ray workers.", min=1)] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Write over a bank at --out.")] = False,
@@ -71,7 +74,7 @@ def personalize(
         raise ConfigError(f"There is a bank at '{out}' already. Choose another folder, or pass --replace.")
     settings = PersonalizeSettings(
         epochs=epochs, max_length=max_length, num_adapters=num_adapters, layers=layers or None, min_labels=min_labels,
-        seed=seed,
+        common_epochs=common_epochs, seed=seed,
     )  # fmt: skip
     with progress_bar("reading the table"):
         table = PeopleTable.read(
