@@ -1,8 +1,8 @@
 """Reinforcement learning with few bytes: GRPO with a reward that a program can check. Prints tables and a JSON line.
 
 stories260k-llama continues the start of a tale, and trl's ``GRPOTrainer`` rewards what ``grpo_rewards.py`` counts in
-it. Masks of 130 and 500 bytes are compared with LoRA r=1 and r=8 at PEFT's default modules (query and value), with LoRA
-r=8 at the module that the masks adapt, with the base, and with a random mask of which only the five gains are trained.
+it. Masks of 130 and 500 bytes are compared with LoRA r=1 and r=8, at PEFT's default modules (query and value) and at
+the module that the masks adapt, with the base, and with a random mask of which only the five gains are trained.
 All methods have the same prompts, batches, steps and seeds. Each method's learning rate climbs by factors of three
 while the reward of seed 0 on validation prompts rises. The test uses other prompts. Finished trainings are JSON lines
 in results/grpo.jsonl and are not run again; ``--redraw`` only prints them.
@@ -51,6 +51,7 @@ METHODS = {
     "X-PEFT signs 392 x 4": xpeft(392, 4, **LM),
     "LoRA r=1": Method(of(LoraConfig, **LM, r=1, lora_alpha=2), start=9e-3),
     "LoRA r=8": Method(of(LoraConfig, **LM, r=8, lora_alpha=16), start=9e-3),
+    "LoRA r=1, FFN output": Method(of(LoraConfig, **LM, r=1, lora_alpha=2, target_modules=["down_proj"]), start=9e-3),
     "LoRA r=8, FFN output": Method(of(LoraConfig, **LM, r=8, lora_alpha=16, target_modules=["down_proj"]), start=9e-3),
 }
 

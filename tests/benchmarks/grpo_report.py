@@ -33,13 +33,12 @@ class Lines:
         return max(self.find(reward=reward, method=called, seed=0), key=lambda line: line["validation"])
 
     def chosen(self, reward, seeds):
-        """By method, lines of the best rate, where all seeds have been run; those with the fewest bytes first."""
+        """By method, lines of the best rate, one for each seed that has been run; those with the fewest bytes first."""
         found = {}
         for called in dict.fromkeys(line["method"] for line in self.find(reward=reward)):
             rate = self.best(reward, called)["rate"]
             lines = [line for line in self.find(reward=reward, method=called, rate=rate) if line["seed"] < seeds]
-            if len(lines) == seeds:
-                found[called] = lines
+            found[called] = sorted(lines, key=lambda line: line["seed"])
         return dict(sorted(found.items(), key=lambda pair: pair[1][0]["payload_bytes"]))
 
 
@@ -49,16 +48,19 @@ def cells(lines):
 
 
 def spread(values):
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
     return f"{statistics.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
 def show(reward, seeds):
     """Print the table of one reward; its figures."""
     table, facts = Table(title=f"GRPO, reward: {reward}, {seeds} seeds"), {}
-    for column in ("method", "bytes", "rate", *COLUMNS):
+    for column in ("method", "bytes", "rate", "seeds", *COLUMNS):
         table.add_column(column, justify="left" if column == "method" else "right")
     for called, lines in Lines().chosen(reward, seeds).items():
-        table.add_row(called, f"{lines[0]['payload_bytes']:,}", f"{lines[0]['rate']:g}", *cells(lines))
+        size, rate = lines[0]["payload_bytes"], lines[0]["rate"]
+        table.add_row(called, f"{size:,}", f"{rate:g}", str(len(lines)), *cells(lines))
         facts[called] = [line["test"] for line in lines]
     out().print(table)
     return facts
@@ -66,9 +68,9 @@ def show(reward, seeds):
 
 def markdown(reward, seeds=3):
     """The same in Markdown."""
-    rows = [f"| {reward} | bytes | {' | '.join(COLUMNS)} |", f"| --- | --: |{' --: |' * len(COLUMNS)}"]
+    rows = [f"| {reward} | bytes | seeds | {' | '.join(COLUMNS)} |", f"| --- | --: | --: |{' --: |' * len(COLUMNS)}"]
     for called, lines in Lines().chosen(reward, seeds).items():
-        rows.append(f"| {called} | {lines[0]['payload_bytes']:,} | {' | '.join(cells(lines))} |")
+        rows.append(f"| {called} | {lines[0]['payload_bytes']:,} | {len(lines)} | {' | '.join(cells(lines))} |")
     return "\n".join(rows)
 
 
