@@ -11,6 +11,7 @@ from peft_xmask import XPEFTConfig
 from peft_xmask.core.packing import pack_halves
 from peft_xmask.errors import BaseMismatchError, ConfigError
 from peft_xmask.profiles import ProfileBank
+from peft_xmask.tuners.xpeft.table import find_table
 
 
 def logits(model, batch, **kwargs) -> torch.Tensor:
@@ -120,6 +121,16 @@ def test_a_person_called_like_an_adapter_is_a_person(many_profiles, tiny_bert, t
     served.set_profile("ann")
     expected = logits(served, tiny_batch, adapter_names=[1, 1, 1, -1])
     assert torch.equal(logits(served, tiny_batch, adapter_names=["bank", "bank", "bank", "__base__"]), expected)
+
+
+def test_transformers_loads_a_bank_but_for_the_names(saved, expected, tmp_path, tiny_bert, tiny_batch):
+    model = tiny_bert()
+    info = model.load_adapter(str(tmp_path))
+    assert info.unexpected_keys == {f"profile_names.{part}" for part in ("hashes", "rows", "ends", "names")}
+    assert not info.missing_keys
+    row = list(saved).index("bob")
+    find_table(model).adapters["default"].choose(row)
+    torch.testing.assert_close(logits(model, tiny_batch), expected["bob"])
 
 
 def test_unknown_names_are_refused_before_anything_runs(saved, tiny_bert, tiny_batch):

@@ -143,9 +143,12 @@ def test_a_config_for_any_base_serves_for_several(tiny_bert, tmp_path):
 
 def test_too_many_profiles_are_refused_in_words(tiny_bert):
     for inference_mode in (False, True):
-        config = XPEFTConfig(num_profiles=2**41, inference_mode=inference_mode)
+        config = XPEFTConfig(num_adapters=40_000, num_profiles=2**31 - 1, inference_mode=inference_mode)
         with pytest.raises(ConfigError, match="is too large for this machine: their masks take"):
             get_peft_model(tiny_bert(), config)
+        for count in (2**31, 2**41, 2**64):
+            with pytest.raises(ConfigError, match="expected at most 2,147,483,647"):
+                XPEFTConfig(num_profiles=count, inference_mode=inference_mode)
 
 
 @pytest.mark.parametrize(

@@ -165,4 +165,7 @@ def same_source(first: tuple[Any, ...] | None, second: tuple[Any, ...] | None) -
     """Whether mixed adapters were computed from the very same tensors with the same settings."""
     if first is None or second is None or len(first) != len(second):
         return False
-    return all(a is b if isinstance(a, Tensor) else a == b for a, b in zip(first, second, strict=True))
+    for a, b in zip(first, second, strict=True):  # noqa: SIM110  (a generator takes longer, here in every pass)
+        if a is not b and (isinstance(a, Tensor) or a != b):
+            return False
+    return True

@@ -26,6 +26,8 @@ from .spec import MaskSpec
 XPEFT = peft_type("XPEFT")
 
 MASK_TYPES = ("hard", "soft")
+MAX_PROFILES = 2**31 - 1
+"""Rows of one adapter: a bank numbers them with 32 bits."""
 AVERAGE_SCALE = 2.0
 """Gain over a trained pool, where several adapters are averaged; 1.0 where one is chosen, which is then itself."""
 FORMER_WEIGHTINGS = {"signs": "signed"}
@@ -119,6 +121,11 @@ class XPEFTConfig(SiteConfig):
         self._take_former_names(mask_norm)
         for name in ("num_adapters", "bottleneck_size", "num_profiles"):
             require_positive(name, getattr(self, name))
+        if self.num_profiles > MAX_PROFILES:
+            raise ConfigError(
+                f"num_profiles={self.num_profiles:,} is invalid: expected at most {MAX_PROFILES:,}, since a bank's "
+                "rows have 32-bit numbers. Train fewer profiles at a time, and serve several banks."
+            )
         if self.pool_dtype is not None:
             require_choice("pool_dtype", self.pool_dtype, ("float32", "bfloat16", "float16"))
         require_choice("mask_type", self.mask_type, MASK_TYPES)

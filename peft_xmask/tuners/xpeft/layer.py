@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...core.adapter import AdapterForm, AdapterPair
 from ...pool import PoolSlice
@@ -27,6 +27,11 @@ class XPEFTSite(nn.Module):
         self.pool = pool
         self.index = index
         self.form = form
+
+    @property
+    def down(self) -> Tensor:
+        """The pool's down-projections."""
+        return self._modules["pool"]._buffers["down"]  # type: ignore[union-attr, return-value]  # faster than by attribute
 
 
 class XPEFTLayer(SiteLayer, XPEFTModule):

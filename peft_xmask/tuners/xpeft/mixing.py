@@ -23,6 +23,14 @@ class PoolSite(Protocol):
     index: int
 
 
+class ServedSite(PoolSite, Protocol):
+    """A site in a model."""
+
+    @property
+    def down(self) -> Tensor:
+        """The pool's down-projections, which are another tensor after a move or a cast."""
+
+
 class MixedRows(Protocol):
     """Mixed adapters of R rows."""
 
@@ -109,16 +117,14 @@ class ActiveAdapters:
     source: tuple[Any, ...] | None = None
     _pairs: dict[int, tuple[Tensor, AdapterPair]] = field(default_factory=dict)
 
-    def pair(self, site: PoolSite) -> AdapterPair:
+    def pair(self, site: ServedSite) -> AdapterPair:
         """The adapters of one site. Without a gradient the result is kept for the next pass that uses this object.
 
         Shapes: those of :class:`~peft_xmask.core.adapter.AdapterPair`, with a batch dimension if ``each``.
         """
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            kept = self._pairs.get(site.index)
-            if kept is not None and kept[0] is site.pool.down:
-                return kept[1]
+        kept = self._pairs.get(site.index)  # none in a graph, which makes an object for each pass
+        if kept is not None and kept[0] is site.down:
+            return kept[1]
         rows = self.mixed.at(site)
         pair = AdapterPair(
             down=self._spread(rows.down),
@@ -126,8 +132,8 @@ class ActiveAdapters:
             down_bias=None if rows.down_bias is None else self._spread(rows.down_bias),
             up_bias=None if rows.up_bias is None else self._spread(rows.up_bias),
         )
-        if not compiling and not pair.down.requires_grad:
-            self._pairs[site.index] = (site.pool.down, pair)
+        if not torch.compiler.is_compiling() and not pair.down.requires_grad:
+            self._pairs[site.index] = (site.down, pair)
         return pair
 
     def _spread(self, mixed: Tensor) -> Tensor:

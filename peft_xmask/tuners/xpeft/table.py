@@ -83,7 +83,12 @@ class MaskTable(RootTable, XPEFTModule):
         self.add(masks.serving(bits, gain_bits, spec, names, offset_bits))
 
     def active(self, adapter_name: str) -> ActiveAdapters:
-        """The mixed adapters of the forward pass at hand."""
+        """The mixed adapters of the forward pass at hand. Every site asks; only the first one has to find them."""
+        now = OF_THREAD.now
+        if now is not None and now.table is self:
+            found = now.active.get((adapter_name, torch.is_grad_enabled()))
+            if found is not None:
+                return found
         now = self._pass()
         return self._masks(adapter_name, now).active(now)
 
