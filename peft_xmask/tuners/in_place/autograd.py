@@ -182,15 +182,19 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 def _note_trained(ctx: Any, trained: Sequence[Tensor]) -> None:
     """Remember what the gradients have to look like and, for changes that are not linear, what was trained."""
-    count_steps()
+    if not torch.compiler.is_compiling():
+        count_steps()
     ctx.forms = [(tensor.dtype, tensor.device) for tensor in trained]
     ctx.seen = _versions(ctx)
 
 
 def _versions(ctx: Any) -> list[int]:
-    """Versions of what was trained, and how many steps were taken: fused optimizers raise no version."""
+    """Versions of what was trained, and how many steps were taken: fused optimizers raise no version.
+
+    A compiled graph leaves out the steps: it would be compiled again after each of them.
+    """
     versions = [tensor._version for change in ctx.changes if not change.linear for tensor in change.trained]
-    return [*versions, steps_taken()] if versions else []
+    return [*versions, steps_taken()] if versions and not torch.compiler.is_compiling() else versions
 
 
 def _as_trained(ctx: Any, gradients: Sequence[Tensor]) -> list[Tensor]:
