@@ -209,7 +209,7 @@ class LoraBaker:
 
 
 def refuse_nonlinear(bank: BankRows) -> None:
-    """Reject profiles that cannot be written as a LoRA.
+    """Refuse profiles that have no form as a LoRA.
 
     Raises:
         MergeError: the profiles have an activation, a LayerNorm, or offsets of the model's outputs.

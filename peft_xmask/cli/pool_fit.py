@@ -12,7 +12,7 @@ from .console import progress_bar
 from .personalize import Task
 
 if TYPE_CHECKING:
-    from ..people.table import Example, PeopleTable
+    from ..people.table import PeopleTable
 
 
 def fit(
@@ -50,6 +50,7 @@ def fit(
     from transformers import TrainingArguments
 
     from ..errors import ConfigError
+    from ..people.examples import encode_texts
     from ..people.table import PeopleTable
     from ..pool.storage import JSON_FILE
     from ..training.fit_pool import fit_pool
@@ -70,7 +71,7 @@ def fit(
             data, text=text, label=label, who=profile_column, task=task.value, split=split, hub_split=hub_split
         )
     model, tokenizer = _model(base, table, pooling, max_length, seed)
-    parts = {part: _encoded(tokenizer, table, table.parts[part], max_length) for part in ("train", "validation")}
+    parts = {part: encode_texts(tokenizer, table, table.parts[part], max_length) for part in ("train", "validation")}
     config: dict[str, Any] = {"bottleneck_size": bottleneck_size, "task_type": "SEQ_CLS"}
     if layers is not None:
         blocks = int(model.config.get_text_config().num_hidden_layers)
@@ -104,23 +105,6 @@ def _model(base: str, table: PeopleTable, pooling: str, max_length: int, seed: i
     tokenizer = load_tokenizer(base)
     set_seed(seed)
     return load_base(base, Classifier(table.labels, pooling, max_length, PROBLEMS[table.task]), tokenizer), tokenizer
-
-
-def _encoded(tokenizer: Any, table: PeopleTable, examples: list[Example], max_length: int) -> list[dict[str, Any]]:
-    if not examples:
-        return []
-    encoded = tokenizer([each.text for each in examples], truncation=True, max_length=max_length)
-    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-    return [
-        {**row, "labels": _target(table, each.label), "user": each.who}
-        for row, each in zip(rows, examples, strict=True)
-    ]
-
-
-def _target(table: PeopleTable, label: Any) -> Any:
-    if table.task == "multi-label":
-        return [float(number in label) for number in range(len(table.labels))]
-    return label
 
 
 def _multi_label_losses(outputs: Any, batch: Any) -> Any:

@@ -25,13 +25,13 @@ from ..integrations.pooled_classifier import (
 from ..pool import AdapterPool
 from ..tuners.base.classifier import Classifier
 from .common import SharedStates, fit_head
-from .examples import PeopleExamples, Row, by_length, inputs_of
+from .examples import PeopleExamples, Row, by_length, encode_texts, inputs_of
 from .masks import fit_directions, train_masks
 from .offsets import choose_variance, fit_offsets, losses, without_offsets
 from .report import Layer, few_of, layer_of
 from .settings import Execution, PersonalizeSettings
 from .strength import choose_strength
-from .table import PROBLEMS, Example, PeopleTable
+from .table import PROBLEMS, PeopleTable
 
 _ROUNDS = 2  # of the head given the offsets, and the offsets given the head
 
@@ -49,7 +49,7 @@ class ClassifierRun:
     ) -> None:
         self.base, self.table, self.settings = base, table, settings
         self.tokenizer, self.model = tokenizer, model
-        rows = {part: _encoded(tokenizer, table, each, settings) for part, each in table.parts.items()}
+        rows = {part: encode_texts(tokenizer, table, each, settings.max_length) for part, each in table.parts.items()}
         self.examples = PeopleExamples(table, rows, settings.min_labels)
         self.targets = {part: _targets(table, each) for part, each in rows.items()}
         self.alone: dict[str, Tensor] = {}  # outputs of the head that is best without offsets
@@ -228,25 +228,6 @@ class ClassifierRun:
                 logits = served(**batch, adapter_names=numbers[some].to(served.device)).logits
                 found[part][torch.tensor(some)] = logits.float().cpu()
         return found
-
-
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, table: PeopleTable, examples: Sequence[Example], settings: PersonalizeSettings
-) -> list[Row]:
-    if not examples:
-        return []
-    encoded = tokenizer([each.text for each in examples], truncation=True, max_length=settings.max_length)
-    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
-    return [
-        {**row, "labels": _target(table, example.label), "user": example.who}
-        for row, example in zip(rows, examples, strict=True)
-    ]
-
-
-def _target(table: PeopleTable, label: Any) -> Any:
-    if table.task == "multi-label":
-        return [float(number in label) for number in range(len(table.labels))]
-    return label
 
 
 def _targets(table: PeopleTable, rows: Sequence[Mapping[str, Any]]) -> Tensor:

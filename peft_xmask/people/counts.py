@@ -28,7 +28,7 @@ class SharedCounts:
             write_text(self.path, json.dumps(counts))
 
     def total(self, counts: Counter[str]) -> Counter[str]:
-        """The sum over all processes, with this one's counters as they are now."""
+        """The sum over all processes, with the current counters of this one."""
         found = Counter(counts)
         for path in self.path.parent.glob("*.json"):
             if path != self.path:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import ConfigError
-from .table import PeopleTable
+from .table import Example, PeopleTable
 
 Row = dict[str, Any]
 """A tokenised text with ``labels`` and ``user``, the person's name."""
@@ -68,3 +69,30 @@ def by_length(examples: Sequence[Row], size: int = 64) -> Iterator[list[int]]:
 def inputs_of(example: Row) -> Row:
     """What a model reads of an example."""
     return {name: value for name, value in example.items() if name not in ("labels", "user")}
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, table: PeopleTable, examples: Sequence[Example], max_length: int
+) -> list[Row]:
+    """Tokenise labelled texts, for a classifier.
+
+    Args:
+        tokenizer: of the base.
+        table: whose task the labels belong to.
+        examples: in the order of the result.
+        max_length: in tokens; longer texts are cut.
+    """
+    if not examples:
+        return []
+    encoded = tokenizer([each.text for each in examples], truncation=True, max_length=max_length)
+    rows = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
+    return [
+        {**row, "labels": _target(table, example.label), "user": example.who}
+        for row, example in zip(rows, examples, strict=True)
+    ]
+
+
+def _target(table: PeopleTable, label: Any) -> Any:
+    if table.task == "multi-label":
+        return [float(number in label) for number in range(len(table.labels))]
+    return label

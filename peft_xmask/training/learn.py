@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, default_data_collator
 
 from ..bank.bank import ProfileBank
 from ..bank.names import NameIndex
@@ -20,6 +19,7 @@ from ..bank.profile import Profile
 from ..core.packing import pack_halves, unpack_halves
 from ..errors import ConfigError
 from .collator import forward_columns
+from .defaults import padding_collator
 from .evaluation import ExampleLoss, example_losses
 from .offsets import SharedOutputs, fit_offsets
 from .prefix import Prefix
@@ -95,10 +95,7 @@ class Learner:
         data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
     ) -> None:
         self.settings = settings or ProfileLearning()
-        if data_collator is None:
-            padded = processing_class is not None
-            data_collator = DataCollatorWithPadding(processing_class) if padded else default_data_collator
-        self.data_collator = data_collator
+        self.data_collator = data_collator or padding_collator(processing_class)
         rows = NameIndex.build(str(row) for row in range(1 + _FOLDS))
         learning_rate = 1e-3  # of Adam; logit_scale makes the steps of the logits as long as is asked for
         scale = self.settings.mask_learning_rate / learning_rate

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
+from transformers import TrainingArguments
 
 from ..errors import ConfigError
 from ..tuners.bottleneck import BottleneckConfig
+from .defaults import changed, padding_collator
 from .evaluation import ExampleLoss
 
 GROUP_HEADS = ("shared", "own")
@@ -96,13 +97,9 @@ class PoolFitting:
             changes: values by name of the field.
 
         Raises:
-            ConfigError: a name that is no field, or an invalid value.
+            ConfigError: a name that is not a field, or an invalid value.
         """
-        known = [each.name for each in dataclasses.fields(cls)]
-        unknown = sorted(changes.keys() - set(known))
-        if unknown:
-            raise ConfigError(f"Unknown settings: {', '.join(unknown)}. Expected some of {', '.join(known)}.")
-        return dataclasses.replace(settings or cls(), **changes)
+        return changed(cls, settings, changes)
 
     def resolved(self, folder: str) -> PoolFitting:
         """The same settings with every default filled in.
@@ -119,10 +116,7 @@ class PoolFitting:
         args = copy.copy(args)
         args.remove_unused_columns, args.disable_tqdm, args.push_to_hub = False, True, False
         args.eval_strategy, args.load_best_model_at_end, args.eval_on_start = "no", False, False  # type: ignore[assignment]
-        collator = self.data_collator
-        if collator is None:
-            padded = self.processing_class is not None
-            collator = DataCollatorWithPadding(self.processing_class) if padded else default_data_collator
+        collator = self.data_collator or padding_collator(self.processing_class)
         config = copy.copy(self.config or BottleneckConfig(bottleneck_size=24, task_type="SEQ_CLS"))
         return dataclasses.replace(self, args=args, data_collator=collator, config=config)
 

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import DataCollatorWithPadding, TrainingArguments, default_data_collator
+from transformers import TrainingArguments
 
 from ..errors import ConfigError
 from ..tuners.xpeft import XPEFTConfig
 from . import distributed as ranks
+from .defaults import changed, padding_collator
 from .evaluation import ExampleLoss
 
 HEADS = ("joint", "frozen", "first")
@@ -147,13 +148,9 @@ class ProfileTraining:
             changes: values by name of the field.
 
         Raises:
-            ConfigError: a name that is no field, or an invalid value.
+            ConfigError: a name that is not a field, or an invalid value.
         """
-        known = [each.name for each in dataclasses.fields(cls)]
-        unknown = sorted(changes.keys() - set(known))
-        if unknown:
-            raise ConfigError(f"Unknown settings: {', '.join(unknown)}. Expected some of {', '.join(known)}.")
-        return dataclasses.replace(settings or cls(), **changes)
+        return changed(cls, settings, changes)
 
     def resolved(self, *, joins_bank: bool, folder: str) -> ProfileTraining:
         """The same settings with every default filled in.
@@ -176,10 +173,7 @@ class ProfileTraining:
                 "change. Pass head='frozen', or train a bank of its own."
             )
         args = _trainer_arguments(self.args, folder)
-        collator = self.data_collator
-        if collator is None:
-            padded = self.processing_class is not None
-            collator = DataCollatorWithPadding(self.processing_class) if padded else default_data_collator
+        collator = self.data_collator or padding_collator(self.processing_class)
         return dataclasses.replace(
             self,
             args=args,

@@ -115,7 +115,7 @@ class InPlaceTuner(TargetTuner):
             ]
 
     def _check_targets(self, model: nn.Module, found: list[tuple[str, nn.Module]], names: list[list[str]]) -> None:
-        """Refuse parameters that cannot be changed in place without side effects.
+        """Refuse parameters whose change in place would have side effects.
 
         Args:
             names: of the parameters of each target.
@@ -149,7 +149,7 @@ class InPlaceTuner(TargetTuner):
                     )
                 if parameter.is_meta:
                     raise TargetError(
-                        f"The {parameter_name} of '{name}' is on the meta device: there are no numbers to start from. "
+                        f"The {parameter_name} of '{name}' is on the meta device: there are no values to start from. "
                         "Load the base's weights first (low_cpu_mem_usage concerns the adapter's alone)."
                     )
                 others = sorted(owner for owner in owners[id(parameter)] if not _same_module(owner, name))
