@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peft_xmask import MagnitudeMaskConfig
 from peft_xmask.errors import StaleGraphError
+from peft_xmask.tuners.in_place.flat_indices import FlatIndices
+from peft_xmask.tuners.in_place.sparse_gradients import product_at
 
 
 class Kinds(nn.Module):
@@ -85,6 +87,24 @@ def test_other_dtypes_of_the_base(dtype):
     assert values_of(model).grad.dtype == torch.float32
     close = dict(rtol=0.1, atol=0.5) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(values_of(model).grad, dense_gradients(model), **close)
+
+
+@pytest.mark.parametrize("tokens", [1, 352, 1500])
+@pytest.mark.parametrize("written", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_sampled_product_is_the_dense_one_at_its_places(tokens, written):
+    drawn = torch.Generator().manual_seed(0)
+    left, right = torch.randn(tokens, 24, generator=drawn), torch.randn(2 * tokens, 40, generator=drawn)[::2]
+    left = left.to(written)
+    index = torch.randperm(24 * 40, generator=drawn)[:30].sort().values
+    dense = (left.double().t() @ right.double()).reshape(-1)[index]
+    threads = torch.get_num_threads()
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        try:
+            found = product_at(left, right, FlatIndices(index, (24, 40)))
+        finally:
+            torch.set_num_threads(threads)
+        torch.testing.assert_close(found.double(), dense, rtol=1e-5, atol=1e-4)
 
 
 def test_several_active_adapters_each_get_their_own():
