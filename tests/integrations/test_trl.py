@@ -1,58 +1,17 @@
 """trl's trainers over a real small language model and real text."""
 
 import copy
-import gzip
-import json
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl_runs import CONFIGS, arguments, logged, pairs, rows, trained
 
-from peft_xmask import BottleneckConfig, XPEFTCallback, XPEFTConfig
+from peft_xmask import WeightAdapterCallback, XPEFTCallback
 from peft_xmask.errors import PeftXMaskWarning
-
-CONFIGS = {
-    "hard": XPEFTConfig(task_type="CAUSAL_LM", num_adapters=20, bottleneck_size=4),
-    "soft": XPEFTConfig(task_type="CAUSAL_LM", num_adapters=20, bottleneck_size=4, mask_type="soft"),
-    "noisy": XPEFTConfig(task_type="CAUSAL_LM", num_adapters=20, bottleneck_size=4, gumbel_noise=1.0),
-    "bottleneck": BottleneckConfig(task_type="CAUSAL_LM", bottleneck_size=4, init_weights=False, dropout=0.5),
-}
-WORDS_OF_PROMPT = 4
-
-
-@pytest.fixture(scope="module")
-def trl() -> ModuleType:
-    return pytest.importorskip("trl", reason="trl is not installed: pip install peft_xmask[trl]")
-
-
-@pytest.fixture(scope="module")
-def llama(shared_data: Path) -> Path:
-    return shared_data / "stories260k-llama"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(llama: Path):
-    return AutoTokenizer.from_pretrained(llama)
-
-
-@pytest.fixture(scope="module")
-def texts(shared_data: Path) -> list[str]:
-    """What people ask an assistant."""
-    with gzip.open(shared_data / "clinc150" / "train.jsonl.gz", "rt", encoding="utf-8") as lines:
-        every = [json.loads(line)["text"] for line in lines]
-    return [text for text in every[::97] if len(text.split()) > WORDS_OF_PROMPT + 1][:64]
-
-
-@pytest.fixture
-def base(llama: Path) -> Callable[[], nn.Module]:
-    return lambda: AutoModelForCausalLM.from_pretrained(llama).eval()
 
 
 @pytest.fixture
@@ -71,42 +30,6 @@ def policy(base, tmp_path) -> Callable[[str, str], PeftModel]:
         return PeftModel.from_pretrained(base(), tmp_path / "policy", is_trainable=door == "to train")
 
     return build
-
-
-def trained(model: nn.Module, adapter: str = "default") -> dict[str, torch.Tensor]:
-    return {name: p for name, p in model.named_parameters() if f".{adapter}." in name}
-
-
-def of_base(model: nn.Module) -> list[torch.Tensor]:
-    named = [(name, p) for name, p in model.named_parameters() if ".default." not in name and ".ref." not in name]
-    return [parameter.detach().clone() for _, parameter in sorted(named)]
-
-
-def pairs(texts: list[str]) -> list[dict[str, str]]:
-    """What was asked is preferred to the same words backwards."""
-    split = [(text.split()[:WORDS_OF_PROMPT], text.split()[WORDS_OF_PROMPT:]) for text in texts]
-    return [
-        {"prompt": " ".join(head), "chosen": " " + " ".join(tail), "rejected": " " + " ".join(reversed(tail))}
-        for head, tail in split
-    ]
-
-
-def rows(entries: list[dict[str, Any]]):
-    from datasets import Dataset
-
-    return Dataset.from_list(entries)
-
-
-def arguments(folder: Path, **kwargs: Any) -> dict[str, Any]:
-    common = dict(
-        output_dir=str(folder), per_device_train_batch_size=8, max_steps=4, learning_rate=1e-2, logging_steps=1,
-        report_to=[], save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False, seed=3,
-    )  # fmt: skip
-    return {**common, **kwargs}
-
-
-def logged(trainer: Any, key: str) -> list[float]:
-    return [log[key] for log in trainer.state.log_history if key in log]
 
 
 def dpo_trainer(trl, model, tokenizer, texts, folder, callbacks=(), config=None, **kwargs):
@@ -143,28 +66,28 @@ def close(first: tuple[torch.Tensor, ...], second: tuple[torch.Tensor, ...]) -> 
     return all(torch.allclose(a, b, atol=1e-4) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("config", ["hard", "bottleneck"])
+@pytest.mark.parametrize("config", ["hard", "bottleneck", "masked", "over weights"])
 def test_sft(config, trl, base, llama, tokenizer, texts, tmp_path):
-    model = base()
-    before = of_base(model)
+    callbacks = {"hard": XPEFTCallback, "over weights": WeightAdapterCallback}
     trainer = trl.SFTTrainer(
-        model=model,
+        model=base(),
         args=trl.SFTConfig(**arguments(tmp_path, max_steps=12)),
         train_dataset=rows([{"text": text} for text in texts]),
         processing_class=tokenizer,
         peft_config=copy.deepcopy(CONFIGS[config]),
-        callbacks=[] if config == "bottleneck" else [XPEFTCallback()],
+        callbacks=[callbacks[config]()] if config in callbacks else [],
     )
     trainer.train()
     losses = logged(trainer, "loss")
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
-    assert all(torch.equal(a, b) for a, b in zip(before, of_base(trainer.model), strict=True))
 
     trainer.save_model()
     inputs = tokenizer(texts[:3], return_tensors="pt", padding=True)
     again = PeftModel.from_pretrained(base(), tmp_path)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, trainer.model.eval()(**inputs).logits)
+        with trainer.model.disable_adapter():
+            assert torch.equal(base()(**inputs).logits, trainer.model(**inputs).logits)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +99,10 @@ def test_sft(config, trl, base, llama, tokenizer, texts, tmp_path):
         ("soft", "to train"),
         ("soft", "to serve"),
         ("bottleneck", "to train"),
+        ("masked", "new"),
+        ("masked", "to train"),
+        ("over weights", "new"),
+        ("over weights", "to train"),
     ],
 )
 def test_the_reference_of_dpo_starts_as_the_policy_and_stays(config, door, trl, policy, tokenizer, texts, tmp_path):
@@ -191,7 +118,7 @@ def test_the_reference_of_dpo_starts_as_the_policy_and_stays(config, door, trl, 
     assert logged(trainer, "rewards/chosen")[0] == pytest.approx(0.0, abs=1e-5)
     assert logged(trainer, "rewards/margins")[0] == pytest.approx(0.0, abs=1e-5)
     assert all(torch.equal(a, b) for a, b in zip(start, reference(trainer), strict=True))
-    frozen = config != "bottleneck" and door == "to serve"
+    frozen = door == "to serve"
     assert close(start, probabilities(trainer)) == frozen
     said = [str(each.message) for each in caught if issubclass(each.category, PeftXMaskWarning)]
     assert any("loaded for inference" in words for words in said) == frozen
@@ -284,10 +211,13 @@ def share_of_vowels(completions: list[str], **_: Any) -> list[float]:
     return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
 
 
-@pytest.mark.parametrize(("algorithm", "config"), [("GRPO", "hard"), ("GRPO", "bottleneck"), ("RLOO", "hard")])
+@pytest.mark.parametrize(
+    ("algorithm", "config"),
+    [("GRPO", "hard"), ("GRPO", "bottleneck"), ("GRPO", "masked"), ("GRPO", "over weights"), ("RLOO", "hard")],
+)
 def test_reinforcement_learning(algorithm, config, trl, policy, base, tokenizer, texts, tmp_path):
     model = policy(config, "to train")
-    before, moved = of_base(model), {name: p.detach().clone() for name, p in trained(model).items()}
+    moved = {name: p.detach().clone() for name, p in trained(model).items()}
     kwargs = dict(num_generations=4, max_completion_length=12, beta=0.1, max_steps=3, disable_dropout=True)
     trainer = getattr(trl, f"{algorithm}Trainer")(
         model=model,
@@ -303,10 +233,11 @@ def test_reinforcement_learning(algorithm, config, trl, policy, base, tokenizer,
     assert all(0 < reward < 1 for reward in rewards)
     assert any(not torch.equal(moved[name], p) for name, p in trained(model).items())
     assert all(torch.equal(moved[name], trained(model, "ref")[name.replace(".default.", ".ref.")]) for name in moved)
-    assert all(torch.equal(a, b) for a, b in zip(before, of_base(model), strict=True))
 
     model.save_pretrained(tmp_path / "saved", selected_adapters=["default"])
     inputs = tokenizer(texts[:3], return_tensors="pt", padding=True)
     again = PeftModel.from_pretrained(base(), tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+        with model.disable_adapter():
+            assert torch.equal(base()(**inputs).logits, model(**inputs).logits)
