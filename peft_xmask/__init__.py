@@ -22,6 +22,7 @@ from .integrations import (
 )
 from .pool import AdapterPool
 from .profiles import LiveBank, Profile, ProfileBank
+from .tuners.base.beneath import as_base
 from .tuners.base.profile_size import profile_size
 from .tuners.bottleneck import BottleneckConfig
 from .tuners.magnitude_mask import MagnitudeMaskConfig
@@ -60,6 +61,7 @@ __all__ = [
     "XPEFTCallback",
     "XPEFTConfig",
     "__version__",
+    "as_base",
     "compare_banks",
     "export_lora",
     "export_sparse_delta",

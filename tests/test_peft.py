@@ -14,7 +14,7 @@ from types import ModuleType
 
 import peft
 import pytest
-from peft import PeftModel, PeftType
+from peft import PeftMixedModel, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -75,6 +75,7 @@ HOOKS = {
         "_check_merge_allowed",
         "_check_target_module_exists",
         "_create_and_replace",
+        "_enable_adapter_layers",
         "_get_adapter_state_dict",
         "_prepare_adapter_config",
         "_prepare_model",
@@ -83,11 +84,13 @@ HOOKS = {
         "disable_adapter_layers",
         "enable_adapter_layers",
         "inject_adapter",
+        "merge_adapter",
         "prefix",
         "set_adapter",
         "target_module_mapping",
         "tuner_layer_cls",
         "unload",
+        "unmerge_adapter",
     ),
     BaseTunerLayer: (
         "_move_adapter_to_device_of_base_layer",
@@ -140,6 +143,8 @@ def test_peft_still_has_what_is_looked_up_by_name():
     for method in ("create_or_update_model_card", "_upload_modified_files"):
         assert inspect.isfunction(inspect.getattr_static(PeftModel, method))
     assert "_enable_peft_forward_hooks" in inspect.getsource(PeftModel)
+    for method in (PeftMixedModel.__init__, PeftMixedModel.add_adapter):
+        assert "_check_config_compatible(peft_config)" in inspect.getsource(method)
 
 
 def test_private_names_of_peft_are_imported_in_one_file():

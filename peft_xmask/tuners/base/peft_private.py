@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import peft.mixed_model
 import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora import variants
+from peft.tuners.lora import LoraLayer, variants
 from peft.tuners.mixed import COMPATIBLE_TUNER_TYPES
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -21,6 +23,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
     check_target_module_exists,
+    onload_layer,
     set_adapter,
 )
 from peft.utils import PeftType, register_peft_method
@@ -36,14 +39,17 @@ __all__ = [
     "AuxiliaryTrainingWrapper",
     "BaseTuner",
     "BaseTunerLayer",
+    "LoraLayer",
     "accept_rows",
     "add_member",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "current_graph_task",
     "include_all_linear_layers",
+    "onload_layer",
     "peft_type",
     "quantisation_backend",
+    "refuse_in_mixed_models",
     "register",
     "set_adapter",
     "tuner_key_prefixes",
@@ -133,3 +139,18 @@ def accept_rows() -> None:
 
     is_alora_relevant_in_batch.accepts_rows = True  # type: ignore[attr-defined]
     variants.is_alora_relevant_in_batch = is_alora_relevant_in_batch
+
+
+def refuse_in_mixed_models(refuse: Callable[[Any], None]) -> None:
+    """Let a ``PeftMixedModel`` ask ``refuse`` about each config first. Calling this twice is harmless."""
+    check = peft.mixed_model._check_config_compatible
+    if hasattr(check, "asks_first"):
+        return
+
+    @functools.wraps(check)
+    def _check_config_compatible(peft_config: Any) -> None:
+        refuse(peft_config)
+        check(peft_config)
+
+    _check_config_compatible.asks_first = True  # type: ignore[attr-defined]
+    peft.mixed_model._check_config_compatible = _check_config_compatible

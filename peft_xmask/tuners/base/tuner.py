@@ -14,16 +14,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...core.fingerprint import fingerprint_weights
-from ...errors import BaseMismatchError, ConfigError, TargetError
+from ...errors import ConfigError, TargetError
+from .base_fingerprint import check_fingerprint, fingerprint_lora, joined
 from .calls import FirstPassWatch, refuse_uncalled, worth_adapting
 from .classifier import Classifier
 from .config import TargetConfig
 from .experts import is_fused_experts
 from .layer import TargetLayer, find_slow_path
 from .mixed_batch import MixedBatches
+from .own_layers import OwnLayersTuner
 from .peft_private import (
     AuxiliaryTrainingWrapper,
-    BaseTuner,
     BaseTunerLayer,
     check_target_module_exists,
     include_all_linear_layers,
@@ -46,7 +47,7 @@ class Injection:
     parts: dict[str, Any] = field(default_factory=dict)
 
 
-class TargetTuner(BaseTuner):
+class TargetTuner(OwnLayersTuner):
     """Base of our tuners: wraps the modules that a config targets.
 
     A subclass names its ``prefix``, its ``tuner_layer_cls`` (what PEFT's walks visit), its ``layer_cls`` (what is put
@@ -151,18 +152,8 @@ class TargetTuner(BaseTuner):
         return found
 
     def _check_base(self, config: TargetConfig, weights: Iterable[Tensor | None]) -> None:
-        found = fingerprint_weights(weights)
-        expected = config.base_fingerprint
-        if expected is not None and found is not None and expected != found:
-            raise BaseMismatchError(
-                f"This adapter was made for a base whose adapted weights have fingerprint {expected}; the base at hand "
-                f"has {found}. Load the base it was trained on (base_model_name_or_path: "
-                f"{config.base_model_name_or_path!r}). To use it on another base on purpose, load its config, call "
-                "config.allow_any_base(), and pass that config.",
-                expected=expected,
-                found=found,
-            )
-        config.base_fingerprint = found or expected
+        found = joined(fingerprint_weights(weights), fingerprint_lora(self.model, self.tuner_layer_cls))
+        config.base_fingerprint = check_fingerprint(config.base_fingerprint, found, config.base_model_name_or_path)
 
     def _prepare_targets(self, config: Any, model: nn.Module, found: list[tuple[str, nn.Module]]) -> dict[str, Any]:
         """Check everything and prepare each target's part, by name. Raises before anything is changed."""
@@ -256,7 +247,7 @@ class TargetTuner(BaseTuner):
             if isinstance(module, TargetLayer) and module.slow_path is not None:
                 module.slow_path.take(False)
         self._mixed_batches.leave()
-        return super()._unload_and_optionally_merge(*args, **kwargs)  # type: ignore[func-returns-value]
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -140,6 +140,8 @@ class SiteLayer(TargetLayer):
     def _not_plain(self) -> str | None:
         """The kind of weight of a module whose weight is not a tensor of plain numbers, else None."""
         base = self.get_base_layer()
+        if base is not self.base_layer:
+            return f"{type(base).__name__} with a LoRA beneath the adapter"
         if not isinstance(base, (nn.Linear, Conv1D)):
             return type(base).__name__
         plain = type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()

@@ -25,6 +25,7 @@ class SiteTuner(TargetTuner):
     layer_cls: type[SiteLayer]
     target_module_mapping: Any = FFN_OUTPUT
     usual_targets = "the last linear layer of each feed-forward network"
+    over_lora = True
 
     def _prepare_targets(
         self, config: SiteConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
