@@ -80,6 +80,7 @@ HOOKS = {
         "_prepare_adapter_config",
         "_prepare_model",
         "_remap_adapter_state_dict_for_load",
+        "_replace_module",
         "_unload_and_optionally_merge",
         "disable_adapter_layers",
         "enable_adapter_layers",

@@ -99,6 +99,23 @@ class PoolSlice(nn.Module):
         memo[id(self)] = twin
         return twin
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PoolSlice:
+        """Move or cast the tensors, and nothing else: ``to_empty`` would leave memory without values.
+
+        A model on the meta device gets its memory in that way, but a pool is never there, and no checkpoint holds it.
+        """
+        if self.common is not None:
+            self.common._apply(fn, recurse)
+        for name, tensor in self._buffers.items():
+            if tensor is not None:
+                like = fn(tensor.new_empty(0))
+                if (like.device, like.dtype) == (tensor.device, tensor.dtype):
+                    made = fn(tensor) if tensor.is_shared() or like.is_shared() else tensor
+                    self._buffers[name] = made if made is tensor else tensor
+                else:
+                    self._buffers[name] = tensor.to(like.device, like.dtype)
+        return self
+
     def extra_repr(self) -> str:
         """Shapes, for ``print(model)``."""
         return f"down={tuple(self.down.shape)}, up={tuple(self.up.shape)}, dtype={str(self.down.dtype)[6:]}"

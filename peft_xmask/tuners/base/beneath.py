@@ -67,6 +67,8 @@ def _check_layers(base: nn.Module) -> None:
             "other adapters. A model without adapters is a base as it is; adapters of other methods can be merged "
             "(model.merge_and_unload()) if that is exact enough."
         )
+    if any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
+        raise ConfigError("The model or its LoRA is on the meta device. Load their weights first, then call as_base.")
     if any(layer.merged for layer in layers):
         raise ConfigError(
             "A LoRA of this model is merged into its weights. Call model.unmerge_adapter() first, or "

@@ -63,6 +63,8 @@ class TargetLayer(nn.Module, BaseTunerLayer):
     """Base class of layers that replace an adapted module."""
 
     slow_path: SlowPath | None = None
+    cast_input_dtype_enabled = True
+    """What ``peft.helpers.disable_input_dtype_casting`` switches off."""
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable all adapters."""

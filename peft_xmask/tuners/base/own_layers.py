@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ...errors import ConfigError
@@ -120,6 +122,23 @@ class OwnLayersTuner(BaseTuner):
             root = model.get_base_model() if isinstance(model, PeftModel) else model
             config.base_fingerprint = renewed(config.base_fingerprint, fingerprint_lora(root, cls.tuner_layer_cls))
         return {key: tensor for key, tensor in entries.items() if not key.startswith(tuple(layers) or ("\0",))}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give heads memory that the file can be loaded into, where they were copied from a base without weights."""
+        for wrapper in model.modules():
+            if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save:
+                for part in wrapper.modules_to_save[adapter_name].modules():
+                    for name, parameter in part.named_parameters(recurse=False):
+                        if parameter.is_meta:
+                            empty = torch.zeros_like(parameter, device="cpu")
+                            setattr(part, name, nn.Parameter(empty, parameter.requires_grad))
+        remapped: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        return remapped
 
 
 def _refuse_mixed(config: PeftConfig) -> None:

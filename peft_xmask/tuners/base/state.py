@@ -52,6 +52,8 @@ class RootTable(nn.Module, BaseTunerLayer):
     """The state of one model's adapters. It wraps no module but implements what PEFT expects of a layer."""
 
     in_features = out_features = None
+    cast_input_dtype_enabled = True
+    """What ``peft.helpers.disable_input_dtype_casting`` switches off in each layer; without effect here."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ from ...errors import FileFormatError, MergeError, TargetError
 from ..base.layer import TargetLayer
 from ..base.mixed_batch import examples_by_name
 from ..base.peft_private import check_adapters_to_merge
-from .places import place_of
+from .places import device_of, place_of
 
 
 def _broken(adapter_name: str) -> str:
@@ -108,6 +108,11 @@ class SiteLayer(TargetLayer):
             if form is not None:
                 out[rows] = y[rows] + self._change(name, form, x[rows], y[rows])
         return out
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """As in PEFT, but never to the meta device, where there would be no values left."""
+        if device is not None or device_of(self.get_base_layer()) is not None:
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
 
     def why_not_linear(self, adapter_name: str) -> str | None:
         """Why the adapter is not a linear map of the module's input, or None if it is."""

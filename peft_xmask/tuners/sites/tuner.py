@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...core.sites import Site
@@ -31,12 +32,37 @@ class SiteTuner(TargetTuner):
         self, config: SiteConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
     ) -> dict[str, Any]:
         sites = [_site(config, name, layer) for name, layer in found]
-        self._check_base(config, (_numbers(layer) for _, layer in found))
+        layers = [layer for _, layer in found]
+        self._check_base(config, map(_numbers, layers))
+        if any(_is_meta(layer) for layer in layers):
+            self._check_base_later(config, model, layers)
         return self._prepare_sites(config, model, sites)
+
+    def _check_base_later(self, config: SiteConfig, model: nn.Module, layers: list[nn.Module]) -> None:
+        """Check the base in the first forward pass, since its weights are on the meta device now.
+
+        A base whose weights come from a disk module by module is not checked.
+        """
+
+        def check(*_: Any) -> None:
+            if torch.compiler.is_compiling():
+                return
+            if any(config is each for each in getattr(model, "peft_config", {}).values()):
+                self._check_base(config, map(_numbers, layers))  # again in the next pass, if it raises
+            handle.remove()
+
+        handle = model.register_forward_pre_hook(check)
 
     def _prepare_sites(self, config: SiteConfig, model: nn.Module, sites: list[Site]) -> dict[str, Any]:
         """Check everything and prepare each site's part, by name. Raises before anything is changed."""
         raise NotImplementedError
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As in PEFT, which would move a pool to the meta device if the base is there."""
+        if isinstance(new_module, SiteLayer) and _is_meta(new_module.get_base_layer()):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)  # type: ignore[no-untyped-call]
 
     def _check_merge_allowed(self) -> None:
         """Reject a merge that would not be exact, before any weight is changed."""
@@ -44,6 +70,11 @@ class SiteTuner(TargetTuner):
         for name, module in self.model.named_modules():
             if isinstance(module, SiteLayer) and (reason := module.why_not_mergeable(self.active_adapters)):
                 raise MergeError(f"Cannot merge into '{name}': {reason}")
+
+
+def _is_meta(layer: nn.Module) -> bool:
+    weight = _numbers(layer)
+    return weight is not None and weight.is_meta
 
 
 def _numbers(layer: nn.Module) -> Tensor | None:
