@@ -16,7 +16,8 @@ from peft_xmask.tuners.in_place.autograd import Change, run_changed
 from peft_xmask.tuners.in_place.flat_indices import FlatIndices
 from peft_xmask.tuners.in_place.guard import LayerUse, PassGuard
 from peft_xmask.tuners.in_place.override import Override, combined
-from peft_xmask.tuners.in_place.sparse_gradients import DenseGradient, LinearWeightGradient, as_rows, product_at
+from peft_xmask.tuners.in_place.rows import Rows, as_rows, from_rows
+from peft_xmask.tuners.in_place.sparse_gradients import DenseGradient, LinearWeightGradient, product_at
 from peft_xmask.tuners.in_place.table import DeltaTable
 from peft_xmask.tuners.in_place.version import TensorVersion
 from peft_xmask.tuners.magnitude_mask.layer import ValueTable
@@ -136,7 +137,7 @@ class TestGradients:
     def test_every_form_of_a_gradient(self, kind, fan_in_fan_out):
         whole = torch.tensor(GRADIENT).t().contiguous() if fan_in_fan_out else torch.tensor(GRADIENT)
         gradient = (
-            DenseGradient(whole, fan_in_fan_out=fan_in_fan_out)
+            DenseGradient(whole, Rows.LAST if fan_in_fan_out else Rows.FIRST)
             if kind == "dense"
             else LinearWeightGradient(WRITTEN, READ, fan_in_fan_out=fan_in_fan_out)
         )
@@ -156,11 +157,21 @@ class TestGradients:
             found = product_at(left, right, indices(*positions, shape=(30, 20)))
             torch.testing.assert_close(found, product[positions])
 
-    def test_rows_are_outputs(self):
-        assert as_rows(torch.ones(5), fan_in_fan_out=True).shape == (1, 5)
-        assert as_rows(torch.ones(5, 2), fan_in_fan_out=False).shape == (5, 2)
-        assert as_rows(torch.ones(5, 2), fan_in_fan_out=True).shape == (2, 5)
-        assert as_rows(torch.ones(5, 2, 3), fan_in_fan_out=False).shape == (5, 6)
+    def test_rows_are_outputs_and_back(self):
+        forms = {(5,): (1, 5), (5, 2): (5, 2), (5, 2, 3): (5, 6)}
+        for rows, shape, matrix in [
+            *((Rows.FIRST, shape, matrix) for shape, matrix in forms.items()),
+            (Rows.LAST, (5,), (1, 5)),
+            (Rows.LAST, (5, 2), (2, 5)),
+            (Rows.EXPERTS_FIRST, (4, 5, 2), (20, 2)),
+            (Rows.EXPERTS_LAST, (4, 5, 2), (8, 5)),
+        ]:
+            numbers = torch.randn(shape)
+            found = as_rows(numbers, rows)
+            assert found.shape == matrix
+            assert torch.equal(from_rows(found, rows, numbers), numbers)
+        experts = torch.randn(4, 5, 2)
+        assert torch.equal(as_rows(experts, Rows.EXPERTS_LAST)[2 * 3 + 1], experts[3, :, 1])
 
     def test_a_linear_module_hands_out_gradients(self):
         module, x = linear(), READ.clone().requires_grad_()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SHOWN_FIELDS = (
     "task_type", "num_profiles", "num_adapters", "bottleneck_size", "mask_type", "top_k", "pool", "pool_seed",
     "target", "r", "lora_alpha", "density", "selection", "scope", "include_bias", "storage_dtype",
-    "mask_fingerprint", "mask_dtype", "target_modules", "modules_to_save",
+    "mask_fingerprint", "mask_dtype", "target_modules", "target_parameters", "modules_to_save",
 )  # fmt: skip
 
 

@@ -40,6 +40,9 @@ class TargetConfig(PeftConfig):
     Args:
         target_modules: names or a regular expression of the modules to adapt, or ``"all-linear"``. None: the method's
             default for the architecture.
+        target_parameters: names of parameters to adapt, or the ends of their names behind a dot, such as
+            ``"mlp.experts.gate_up_proj"``: PEFT's field for parameters that are not a module's ``weight``. Of methods
+            that write into parameters alone.
         exclude_modules: names or a regular expression of modules to leave out.
         layers_to_transform: indexes of the blocks to adapt; None: all.
         layers_pattern: name of the list of blocks, if it is not the usual one.
@@ -50,12 +53,13 @@ class TargetConfig(PeftConfig):
             :class:`~peft_xmask.tuners.base.classifier.Classifier`; recorded when the adapter is made.
 
     Raises:
-        ConfigError: ``layers_pattern`` without ``layers_to_transform``.
+        ConfigError: ``layers_pattern`` without ``layers_to_transform``, or ``target_parameters`` are not names.
     """
 
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to adapt; None: the method's default for the architecture."}
     )
+    target_parameters: list[str] | None = field(default=None, metadata={"help": "Parameters to adapt, by name."})
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules to leave out."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Block indexes to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
@@ -71,6 +75,7 @@ class TargetConfig(PeftConfig):
         super().__post_init__()
         self.target_modules = _as_set(self.target_modules)
         self.exclude_modules = _as_set(self.exclude_modules)
+        self.target_parameters = _names(self.target_parameters)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
@@ -134,6 +139,15 @@ def require_number(name: str, value: Any, *, above: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= above:
         bound = f" above {above:g}" if math.isfinite(above) else ""
         raise ConfigError(f"{name}={value!r} is invalid: expected a finite number{bound}.")
+
+
+def _names(given: Any) -> list[str] | None:
+    """Names of parameters; None if there are none."""
+    if given is None:
+        return None
+    if isinstance(given, str) or not all(isinstance(each, str) and each for each in given):
+        raise ConfigError(f"target_parameters={given!r} is invalid: expected a list of names of parameters.")
+    return sorted(given) or None
 
 
 def _as_set(names: list[str] | set[str] | str | None) -> set[str] | str | None:

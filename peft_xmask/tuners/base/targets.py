@@ -20,19 +20,19 @@ class Family:
 
     Attributes:
         output: regular expression of the last module of each feed-forward network.
-        linear: of all its linear layers; None: it has none, since its experts are fused parameters.
+        linear: of all its linear layers, or of its fused experts.
         model_types: values of ``config.model_type``.
     """
 
     output: str
-    linear: str | None
+    linear: str
     model_types: tuple[str, ...]
 
 
-def _in_block(block: str, output: str, linear: str | None = None, model_types: tuple[str, ...] = ()) -> Family:
+def _in_block(block: str, output: str, linear: str, model_types: tuple[str, ...]) -> Family:
     """Of names behind ``<block>.<number>.``."""
     head = rf"(?:.*\.)?{block}\.\d+\."
-    return Family(head + output, None if linear is None else head + linear, model_types)
+    return Family(head + output, head + linear, model_types)
 
 
 LANGUAGE_BLOCK = r"language_model\.(?:.*\.)?layers"
@@ -49,7 +49,9 @@ FAMILIES = (
         "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "gemma4_text", "phi3", "olmo", "olmo2",
         "smollm3", "olmo3", "granite", "qwen3_5_text",
     )),
-    _in_block("layers", r"mlp\.(?:experts|down_proj)", None, ("mixtral", "qwen3_moe", "gpt_oss")),
+    _in_block("layers", r"mlp\.(?:experts|down_proj)", r"mlp\.(?:experts|gate_proj|up_proj|down_proj)", (
+        "mixtral", "qwen3_moe", "gpt_oss",
+    )),
     _in_block("layers", r"mlp\.(?:experts|shared_expert\.down_proj|down_proj)",
               r"mlp\.(?:shared_expert\.)?(?:gate_proj|up_proj|down_proj)", ("qwen2_moe",)),
     _in_block("layers", r"feed_forward\.(?:shared_expert\.)?down_proj",
@@ -88,7 +90,7 @@ FFN_OUTPUT: Mapping[str, str] = MappingProxyType(
 """Regular expression of the FFN output projections, by ``config.model_type``."""
 
 FFN_LINEAR: Mapping[str, str] = MappingProxyType(
-    {each: family.linear for family in FAMILIES if family.linear is not None for each in family.model_types}
+    {each: family.linear for family in FAMILIES for each in family.model_types}
 )
 """Regular expression of all linear layers of the FFN, gates included, by ``config.model_type``."""
 

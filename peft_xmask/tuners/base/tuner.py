@@ -41,9 +41,11 @@ class Injection:
     Attributes:
         copied_from: the adapter whose config object was passed (trl makes its reference adapter that way); None: none.
         parts: what each target gets, by its name.
+        named: parameters of a target that the config names itself, by the target's name.
     """
 
     copied_from: str | None
+    named: dict[str, list[str]] = field(default_factory=dict)
     parts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -84,8 +86,8 @@ class TargetTuner(OwnLayersTuner):
             + (
                 ""
                 if fused is None
-                else f" '{fused}' is a mixture of experts in fused parameters: MagnitudeMaskConfig adapts them; "
-                "XPEFTConfig and BottleneckConfig can have an adapter beside the module."
+                else f" '{fused}' is a mixture of experts in fused parameters: MagnitudeMaskConfig and "
+                "WeightAdapterConfig adapt them; XPEFTConfig and BottleneckConfig can have an adapter beside it."
             )
         )
 
@@ -195,6 +197,13 @@ class TargetTuner(OwnLayersTuner):
         layer.slow_path = find_slow_path(self.model, current_key, layer)
         if layer.slow_path is not None:
             layer.slow_path.take(not layer.disable_adapters)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's; but a module taken out of its layer is put back as it is, since fused experts have no ``weight``."""
+        if isinstance(child, TargetLayer) and child.get_base_layer() is new_module:
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _new_layer(self, target: nn.Module) -> Any:
         """The layer that replaces a module."""

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ...errors import StaleGraphError
 from ..base.steps import count_steps, steps_taken
 from .flat_indices import FlatIndices
+from .rows import Rows, rows_of
 from .sparse_gradients import DenseGradient, LinearWeightGradient, ParameterGradient
 
 
@@ -104,8 +105,8 @@ def run_changed(
     tracked = {}
     for name, mine in by_name.items():
         trained = (tensor for change in mine for tensor in change.trained)
-        fan_in_fan_out = name == "weight" and isinstance(module, Conv1D)
-        tracked[name] = _TrackParameter.apply(getattr(module, name), mine, fan_in_fan_out, *trained)  # type: ignore[no-untyped-call]
+        rows = rows_of(module, name)
+        tracked[name] = _TrackParameter.apply(getattr(module, name), mine, rows, *trained)  # type: ignore[no-untyped-call]
     return functional_call(module, tracked, (x, *args), kwargs)
 
 
@@ -113,10 +114,8 @@ class _TrackParameter(torch.autograd.Function):
     """The parameter itself, as a function of the changes in it."""
 
     @staticmethod
-    def forward(
-        ctx: Any, parameter: Tensor, changes: Sequence[TrainedChange], fan_in_fan_out: bool, *trained: Tensor
-    ) -> Tensor:
-        ctx.changes, ctx.fan_in_fan_out = changes, fan_in_fan_out
+    def forward(ctx: Any, parameter: Tensor, changes: Sequence[TrainedChange], rows: Rows, *trained: Tensor) -> Tensor:
+        ctx.changes, ctx.rows = changes, rows
         _note_trained(ctx, trained)
         return parameter.view_as(parameter)
 
@@ -124,7 +123,7 @@ class _TrackParameter(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         _refuse_steps(ctx)
-        gradient = DenseGradient(grad, fan_in_fan_out=ctx.fan_in_fan_out)
+        gradient = DenseGradient(grad, ctx.rows)
         found = [each for change in ctx.changes for each in change.gradients(gradient)]
         own = grad if ctx.needs_input_grad[0] else None
         return (own, None, None, *_as_trained(ctx, found))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .flat_indices import FlatIndices
+from .rows import Rows, as_rows
 
 SAMPLED_DENSITY = 0.05
 """Up to this fraction of a matrix, a CPU computes only the wanted entries of its gradient: docs/magnitude_mask.md."""
@@ -24,7 +25,8 @@ BLOCK = 352
 class ParameterGradient(ABC):
     """The gradient of one parameter.
 
-    As a matrix, G, it has one row per output of the module: ``[1, d]`` for a vector, ``[out, in * ...]`` otherwise.
+    As a matrix, G, it has one row per output of the module: ``[1, d]`` for a vector, see
+    :func:`~peft_xmask.tuners.in_place.rows.as_rows`.
     """
 
     @abstractmethod
@@ -49,12 +51,12 @@ class DenseGradient(ParameterGradient):
 
     Args:
         grad: of the parameter's shape; may be sparse, as an embedding's.
-        fan_in_fan_out: whether the outputs of the module are the columns of the parameter (transformers' Conv1D).
+        rows: how the parameter is stored.
     """
 
-    def __init__(self, grad: Tensor, *, fan_in_fan_out: bool = False) -> None:
+    def __init__(self, grad: Tensor, rows: Rows = Rows.FIRST) -> None:
         self.grad = grad.to_dense() if grad.is_sparse else grad
-        self.fan_in_fan_out = fan_in_fan_out
+        self.rows = rows
 
     def whole(self) -> Tensor:
         """The gradient, of the parameter's shape."""
@@ -66,11 +68,11 @@ class DenseGradient(ParameterGradient):
 
     def times(self, matrix: Tensor) -> Tensor:
         """``G m``, float32, ``[rows, r]``, for ``m [d, r]``."""
-        return as_rows(self.grad, self.fan_in_fan_out).float() @ matrix.float()
+        return as_rows(self.grad, self.rows).float() @ matrix.float()
 
     def transpose_times(self, matrix: Tensor) -> Tensor:
         """``G^T m``, float32, ``[d, r]``, for ``m [rows, r]``."""
-        return as_rows(self.grad, self.fan_in_fan_out).float().t() @ matrix.float()
+        return as_rows(self.grad, self.rows).float().t() @ matrix.float()
 
 
 class LinearWeightGradient(ParameterGradient):
@@ -109,17 +111,6 @@ class LinearWeightGradient(ParameterGradient):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         return (self.read, self.written) if self.fan_in_fan_out else (self.written, self.read)
-
-
-def as_rows(parameter: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """A parameter as a matrix with one row per output of its module.
-
-    Shapes: ``[d] -> [1, d]``, ``[out, in, ...] -> [out, in * ...]``; with ``fan_in_fan_out``,
-    ``[in, out] -> [out, in]``.
-    """
-    if parameter.dim() == 1:
-        return parameter.unsqueeze(0)
-    return parameter.t() if fan_in_fan_out else parameter.flatten(1)
 
 
 def product_at(left: Tensor, right: Tensor, indices: FlatIndices) -> Tensor:

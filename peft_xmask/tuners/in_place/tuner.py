@@ -9,16 +9,19 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from ...errors import ConfigError, FileFormatError, TargetError
 from ..base.calls import worth_adapting
+from ..base.config import TargetConfig
 from ..base.experts import is_fused_experts
 from ..base.peft_private import AuxiliaryTrainingWrapper, BaseTunerLayer, set_adapter
 from ..base.tuner import TargetTuner
 from ..sites.places import module_widths
 from .layer import InPlaceLayer
+from .named_parameters import named_parameters_of
 from .table import DeltaTable
 
 TABLE = "delta_table"
@@ -42,6 +45,47 @@ class InPlaceTuner(TargetTuner):
             if isinstance(module, InPlaceLayer) and not module.merged:
                 module.sync(())
         super()._prepare_model(peft_config, model)
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
+        """Resolve ``target_modules=None``: no modules, where parameters are named."""
+        if peft_config.target_modules is None and peft_config.target_parameters:
+            peft_config.target_modules = set()
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _find_targets(self, config: TargetConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The targeted base modules by name, in the model's order, those of named parameters among them.
+
+        Raises:
+            TargetError: see :func:`~peft_xmask.tuners.in_place.named_parameters.named_parameters_of`; or a module is
+                targeted as a whole too.
+        """
+        found = dict(super()._find_targets(config, model))
+        named = named_parameters_of(model, config.target_parameters or ())
+        for name, (module, parameters) in named.items():
+            if name in found:
+                raise TargetError(
+                    f"'{name}' is in target_modules, which adapts it as a whole, and target_parameters names its "
+                    f"{parameters[0]}. Leave it out of one of them; target_modules=[] targets no module."
+                )
+            found[name] = module
+            self._injection.named[name] = parameters
+        order = {name: index for index, (name, _) in enumerate(model.named_modules())}
+        return sorted(found.items(), key=lambda each: order[each[0]])
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """What PEFT calls after the modules: wrap the modules of named parameters. Returns the parameters' names."""
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            for name in self._injection.named:
+                parent, _, last = name.rpartition(".")
+                target = model.get_submodule(name)
+                self._create_and_replace(peft_config, adapter_name, target, last, model.get_submodule(parent), name)
+        return [f"{name}.{each}" for name, parameters in self._injection.named.items() for each in parameters]
+
+    def _is_first(self, adapter_name: str) -> bool:
+        """Whether no layer has got its part of an adapter yet."""
+        return not hasattr(self.model, TABLE) or adapter_name not in self.table.holders
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapters as PEFT does, but find the modules in one walk instead of two.

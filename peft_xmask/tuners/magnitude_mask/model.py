@@ -34,19 +34,20 @@ class MagnitudeMaskModel(InPlaceTuner):
     table_cls = ValueTable
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
             peft_config.target_modules = linear_layers_of_blocks(self.model)
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None and not peft_config.target_parameters:
             raise TargetError(
                 f"No default target_modules for a {type(self.model).__name__}: it has no list of blocks "
                 "(nn.ModuleList) with linear layers in it. Pass target_modules, the names of the modules to adapt."
             )
-        return peft_config
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _prepare_targets(
         self, config: MagnitudeMaskConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
-    ) -> dict[str, tuple[ModuleMask, int]]:
-        names = [_trained_parameters(layer, config) for _, layer in found]
+    ) -> dict[str, ModuleMask]:
+        named = self._injection.named
+        names = [named.get(name) or _trained_parameters(layer, config) for name, layer in found]
         self._check_targets(model, found, names)
         candidates = [
             Candidate(name, _numbers(name, layer, parameter), _padding(layer, parameter))
@@ -63,7 +64,7 @@ class MagnitudeMaskModel(InPlaceTuner):
         parts, at = {}, 0
         for (name, _), own in zip(found, names, strict=True):
             mine = zip(own, indices[at : at + len(own)], range(at, at + len(own)), strict=True)
-            parts[name] = (ModuleMask(tuple(MaskedParameter(*each) for each in mine if len(each[1]))), at)
+            parts[name] = ModuleMask(tuple(MaskedParameter(*each) for each in mine if len(each[1])))
             at += len(own)
         return parts
 
@@ -121,10 +122,9 @@ class MagnitudeMaskModel(InPlaceTuner):
         return kept
 
     def _add_to_layer(
-        self, layer: MagnitudeMaskLayer, config: MagnitudeMaskConfig, adapter_name: str, part: tuple[ModuleMask, int]
+        self, layer: MagnitudeMaskLayer, config: MagnitudeMaskConfig, adapter_name: str, part: ModuleMask
     ) -> None:
-        mask, at = part
-        if at == 0:
+        if self._is_first(adapter_name):
             self._make_table()
             rounding = (
                 None if config.storage_dtype in (None, "float32") else dtype_from_name(config.storage_dtype or "")
@@ -132,7 +132,7 @@ class MagnitudeMaskModel(InPlaceTuner):
             self.table.add(adapter_name, *self._new, rounding)
         table = self.table
         assert isinstance(table, ValueTable)  # it is of this tuner's table_cls
-        layer.add(adapter_name, mask, table)
+        layer.add(adapter_name, part, table)
 
 
 def _mask_of(config: MagnitudeMaskConfig, candidates: list[Candidate], quantised: bool) -> Mask:

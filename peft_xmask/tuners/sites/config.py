@@ -28,7 +28,7 @@ class SiteConfig(TargetConfig):
     The other fields are those of :class:`TargetConfig`.
 
     Raises:
-        ConfigError: a field has an invalid value.
+        ConfigError: a field has an invalid value, or there are ``target_parameters``.
     """
 
     activation: str | None = field(default=None, metadata={"help": "Activation between down- and up-projection."})
@@ -37,6 +37,14 @@ class SiteConfig(TargetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.target_parameters is not None:
+            name = self.target_parameters[0]
+            module = name.rpartition(".")[0] or "experts"
+            raise ConfigError(
+                f"target_parameters={self.target_parameters} names weights, but the adapters of {type(self).__name__} "
+                f'read what a module is given or returns. Pass target_modules=["{module}"], the module that holds '
+                f"'{name}'; MagnitudeMaskConfig and WeightAdapterConfig take target_parameters."
+            )
         if self.activation is not None:
             require_choice("activation", self.activation, sorted(ACTIVATIONS))
         if self.insertion_form is not None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..base.peft_private import BaseTunerLayer
 from ..base.state import PackedTensor, TrainableTensor, lazy_zeros
 from ..in_place.autograd import Change, TrainedChange
 from ..in_place.layer import InPlaceLayer
+from ..in_place.rows import Rows, rows_of
 from ..in_place.table import DeltaTable, refuse_non_finite
 from ..in_place.version import TensorVersion, TensorVersions
 from .product import Product, Start, drawn_dropout
@@ -98,6 +98,11 @@ class ModuleAdapter(nn.Module):
         return ", ".join(each.name for each in self.adapted)
 
 
+def _holders_of(parameters: Iterable[str]) -> tuple[str, ...]:
+    """Names of the modules that hold the factors of these parameters."""
+    return tuple(f"weight_adapter_{parameter}_{factor}" for parameter in parameters for factor in FACTORS)
+
+
 class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
     """One module and the adapters over its bias, its weight or both.
 
@@ -109,12 +114,14 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
     weight_adapter_dropout: MutableMapping[str, nn.Dropout]
     adapter_layer_names = (
         "weight_adapter_adapted",
-        *(f"weight_adapter_{parameter}_{factor}" for parameter in PARAMETERS for factor in FACTORS),
+        *_holders_of(PARAMETERS),
     )
     other_param_names = ("weight_adapter_dropout",)
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
+        own = [name for name in self._overrides if name not in PARAMETERS]  # of fused experts
+        self.adapter_layer_names = (*type(self).adapter_layer_names, *_holders_of(own))
         for name in (*self.adapter_layer_names, *self.other_param_names):
             self.add_module(name, nn.ModuleDict())
         self._versions: dict[str, TensorVersions] = {}
@@ -140,7 +147,7 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
         found = {}
         for each in self.weight_adapter_adapted[adapter_name].adapted:
             start = each.start if not at_base else Start(each.start.r, each.start.has_shift)
-            drawn = start.draw(self._overrides[each.name].own, self._fan_in_fan_out(each))
+            drawn = start.draw(self._overrides[each.name].own, self._rows(each))
             for factor, tensor in zip(FACTORS, drawn, strict=True):
                 if tensor is not None:
                     found[f"weight_adapter_{each.name}_{factor}"] = tensor
@@ -230,7 +237,7 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
             shift,
             adapter.activation,
             adapter.scale,
-            self._fan_in_fan_out(parameter),
+            self._rows(parameter),
             kept,
         )
 
@@ -244,11 +251,11 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
         key = (adapter_name, parameter.name)
         if not torch.is_grad_enabled() or key not in self._kept:
             own, width = self._overrides[parameter.name].own, parameter.start.r
-            self._kept[key] = drawn_dropout(own, width, self._fan_in_fan_out(parameter), module.p)
+            self._kept[key] = drawn_dropout(own, width, self._rows(parameter), module.p)
         return self._kept[key]
 
-    def _fan_in_fan_out(self, parameter: AdaptedParameter) -> bool:
-        return parameter.name == "weight" and isinstance(self.get_base_layer(), Conv1D)
+    def _rows(self, parameter: AdaptedParameter) -> Rows:
+        return rows_of(self.get_base_layer(), parameter.name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """The base's state dict and the adapters', without dropout."""

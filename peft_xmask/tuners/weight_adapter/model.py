@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...core.files import dtype_from_name
 from ...errors import ConfigError, TargetError
+from ..base.experts import is_fused_experts
 from ..base.peft_private import register
 from ..base.targets import FFN_LINEAR
 from ..in_place.combining import combine
@@ -36,29 +37,26 @@ class WeightAdapterModel(InPlaceTuner):
 
     def _prepare_targets(
         self, config: WeightAdapterConfig, model: nn.Module, found: list[tuple[str, nn.Module]]
-    ) -> dict[str, tuple[ModuleAdapter, int]]:
-        _refuse_missing_biases(config, found)
-        _refuse_other_weights(config, found)
-        names = [_adapted_parameters(layer, config) for _, layer in found]
+    ) -> dict[str, ModuleAdapter]:
+        named = self._injection.named
+        whole = [(name, layer) for name, layer in found if name not in named]
+        _refuse_missing_biases(config, whole)
+        _refuse_other_weights([each for each in found if each[0] in named or config.target != "bias"])
+        names = [named.get(name) or _adapted_parameters(layer, config) for name, layer in found]
         self._check_targets(model, found, names)
         of_file = config.base_fingerprint is not None
-        numbers = (getattr(layer, name, None) for _, layer in found for name in ("weight", "bias"))
-        self._check_base(config, (each for each in numbers if each is not None))  # biases alone may all be zero
+        self._check_base(config, (each for _, layer in found for each in _known_by(layer)))
         self._new = [getattr(layer, name).numel() for (_, layer), own in zip(found, names, strict=True) for name in own]
         indexes = count()
         return {
-            name: (
-                _module_adapter(config, [(each, getattr(layer, each), next(indexes)) for each in own], of_file),
-                position,
-            )
-            for position, ((name, layer), own) in enumerate(zip(found, names, strict=True))
+            name: _module_adapter(config, [(each, getattr(layer, each), next(indexes)) for each in own], of_file)
+            for (name, layer), own in zip(found, names, strict=True)
         }
 
     def _add_to_layer(
-        self, layer: WeightAdapterLayer, config: WeightAdapterConfig, adapter_name: str, part: tuple[ModuleAdapter, int]
+        self, layer: WeightAdapterLayer, config: WeightAdapterConfig, adapter_name: str, part: ModuleAdapter
     ) -> None:
-        adapter, position = part
-        if position == 0:
+        if self._is_first(adapter_name):
             if not hasattr(self.model, TABLE):
                 self._make_table()
                 self.table.hooks.append(self.model.register_load_state_dict_pre_hook(_load_served_state))
@@ -66,9 +64,9 @@ class WeightAdapterModel(InPlaceTuner):
             device = next(iter(layer.get_base_layer().parameters())).device
             start = StoredChange.zeros(sum(self._new), dtype, device)
             rounding = None if dtype == torch.float32 else dtype
-            self.table.add(adapter_name, start if adapter.trained else start.clone(), self._new, rounding)
+            self.table.add(adapter_name, start if part.trained else start.clone(), self._new, rounding)
             self._copy_stored(adapter_name)
-        layer.add(adapter_name, adapter, self.table, config.dropout)
+        layer.add(adapter_name, part, self.table, config.dropout)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "avg"
@@ -225,12 +223,18 @@ def _has_shift(config: WeightAdapterConfig, numbers: Tensor) -> bool:
 
 def _adapted_parameters(layer: nn.Module, config: WeightAdapterConfig) -> list[str]:
     names = parameter_names(layer, bias=config.target != "weight")
-    return [name for name in names if config.target in (name, "both") and name in ("weight", "bias")]
+    return [name for name in names if config.target == "both" or (config.target == "bias") == ("bias" in name)]
+
+
+def _known_by(layer: nn.Module) -> list[Tensor]:
+    """The parameters that tell a base from others: biases alone may all be zero."""
+    numbers = [getattr(layer, name, None) for name in ("weight", "bias")]
+    return [each for each in numbers if each is not None] or list(layer.parameters(recurse=False))
 
 
 def _refuse_missing_biases(config: WeightAdapterConfig, found: list[tuple[str, nn.Module]]) -> None:
     """With ``target="bias"``, every target must have one: none is created, which the base could not keep."""
-    without = [name for name, layer in found if not isinstance(getattr(layer, "bias", None), Tensor)]
+    without = [name for name, layer in found if not _adapted_parameters(layer, config)]
     if config.target != "bias" or not without:
         return
     none = len(without) == len(found)
@@ -242,16 +246,17 @@ def _refuse_missing_biases(config: WeightAdapterConfig, found: list[tuple[str, n
     )
 
 
-def _refuse_other_weights(config: WeightAdapterConfig, found: list[tuple[str, nn.Module]]) -> None:
+def _refuse_other_weights(found: list[tuple[str, nn.Module]]) -> None:
     """Reject quantised and sharded weights, which an adapter can neither read nor write."""
-    for name, layer in found if config.target != "bias" else ():
-        weight = getattr(layer, "weight", None)
-        if isinstance(weight, Tensor) and not (
-            type(weight) in (Tensor, nn.Parameter) and torch.is_floating_point(weight)
-        ):
+    for name, layer in found:
+        own = layer._parameters if is_fused_experts(layer) else {"weight": getattr(layer, "weight", None)}
+        for parameter, weight in own.items():
+            plain = type(weight) in (Tensor, nn.Parameter)
+            if not isinstance(weight, Tensor) or (plain and torch.is_floating_point(weight)):
+                continue
             raise TargetError(
-                f"The weight of '{name}' is quantised or sharded ({type(weight).__name__}, {weight.dtype}), so that an "
-                'adapter over it cannot be written into it. Use target="bias": biases are not quantised.'
+                f"The {parameter} of '{name}' is quantised or sharded ({type(weight).__name__}, {weight.dtype}), "
+                'so that an adapter over it cannot be written into it. Use target="bias": biases are not quantised.'
             )
 
 

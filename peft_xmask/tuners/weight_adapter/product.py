@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from ...core.adapter import ACTIVATIONS
 from ..in_place.autograd import TrainedChange
-from ..in_place.sparse_gradients import ParameterGradient, as_rows
+from ..in_place.rows import Rows, as_rows, from_rows
+from ..in_place.sparse_gradients import ParameterGradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,7 @@ class Product(TrainedChange):
         shift: c, ``[r]``; None: none.
         activation: name of f.
         scale: s.
-        fan_in_fan_out: whether the module's outputs are the columns of its weight (transformers' Conv1D).
+        rows: how the parameter is stored.
         kept: ``[rows, r]``, factors of dropout; None: none.
     """
 
@@ -41,7 +42,7 @@ class Product(TrainedChange):
     shift: Tensor | None
     activation: str
     scale: float
-    fan_in_fan_out: bool = False
+    rows: Rows = Rows.FIRST
     kept: Tensor | None = None
     linear = False
 
@@ -54,7 +55,7 @@ class Product(TrainedChange):
         """The change, float32, of the parameter's shape. Differentiable in the factors."""
         with torch.autocast(self.own.device.type, enabled=False):
             change = self._hidden(self._inner()) @ self.up.float()
-        return (change.t() if self.fan_in_fan_out else change).reshape(self.own.shape)
+        return from_rows(change, self.rows, self.own)
 
     def gradients(self, gradient: ParameterGradient) -> list[Tensor]:
         """Gradients of the factors, from the parameter's."""
@@ -64,11 +65,11 @@ class Product(TrainedChange):
                 hidden = self._hidden(inner.requires_grad_())
             for_up = gradient.transpose_times(hidden.detach()).t()
             (for_inner,) = torch.autograd.grad(hidden, inner, gradient.times(self.up.detach().t()))
-            for_down = as_rows(self.own, self.fan_in_fan_out).float().t() @ for_inner
+            for_down = as_rows(self.own, self.rows).float().t() @ for_inner
         return [for_down, for_up] if self.shift is None else [for_down, for_up, for_inner.sum(0)]
 
     def _inner(self) -> Tensor:
-        inner = as_rows(self.own, self.fan_in_fan_out).float() @ self.down.float()
+        inner = as_rows(self.own, self.rows).float() @ self.down.float()
         return inner if self.shift is None else inner + self.shift.float()
 
     def _hidden(self, inner: Tensor) -> Tensor:
@@ -76,10 +77,9 @@ class Product(TrainedChange):
         return hidden if self.kept is None else hidden * self.kept
 
 
-def drawn_dropout(own: Tensor, r: int, fan_in_fan_out: bool, probability: float) -> Tensor:
+def drawn_dropout(own: Tensor, r: int, rows: Rows, probability: float) -> Tensor:
     """Factors of dropout, ``[rows, r]``."""
-    rows = as_rows(own, fan_in_fan_out).shape[0]
-    return F.dropout(torch.ones(rows, r, device=own.device), probability)
+    return F.dropout(torch.ones(len(as_rows(own, rows)), r, device=own.device), probability)
 
 
 @dataclass(frozen=True)
@@ -96,21 +96,21 @@ class Start:
     has_shift: bool
     at_base: bool = True
 
-    def draw(self, own: Tensor, fan_in_fan_out: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def draw(self, own: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor | None]:
         """``down``, ``up`` and ``shift``, float32, on the parameter's device; drawn by torch's CPU generator.
 
         ``D ~ N(0, 1/d)`` keeps the size of what is read. For a vector the signs of its columns are chosen so that
         ``b D`` is positive: with a ReLU a unit that starts below zero would never move. ``c`` is uniform in [0, 1)
         where all that is read is zero, else zero.
         """
-        rows = as_rows(own.detach(), fan_in_fan_out).float()
-        width = rows.shape[1]
+        read = as_rows(own.detach(), rows).float()
+        width = read.shape[1]
         down = (torch.randn(width, self.r) * width**-0.5).to(own.device)
-        if rows.shape[0] == 1:
-            down = torch.where(rows @ down < 0, -down, down)
+        if read.shape[0] == 1:
+            down = torch.where(read @ down < 0, -down, down)
         shift = None
         if self.has_shift:
-            shift = torch.zeros(self.r) if bool(rows.any()) else torch.rand(self.r)
+            shift = torch.zeros(self.r) if bool(read.any()) else torch.rand(self.r)
             shift = shift.to(own.device)
         up = torch.zeros(self.r, width) if self.at_base else torch.randn(self.r, width) * self.r**-0.5
         return down, up.to(own.device), shift
