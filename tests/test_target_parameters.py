@@ -119,7 +119,9 @@ def test_adapters_of_other_parameters_side_by_side(method):
     before = numbers(base)
     model = get_peft_model(base, config(method, target_parameters=["gate_up_proj"])).eval()
     first = logits(model, batch)
-    model.add_adapter("second", config(method, target_parameters=["experts.down_proj"], target_modules=["q_proj"]))
+    fields = {"target": "weight"} if method == "weight adapter" else {}
+    fields |= {"target_parameters": ["experts.down_proj"], "target_modules": ["q_proj"]}
+    model.add_adapter("second", config(method, **fields))
     model.set_adapter("second")
     second = logits(model, batch)
     model.base_model.set_adapter(["default", "second"])
@@ -160,10 +162,9 @@ def test_a_linear_layers_weight_can_be_named_too():
 @pytest.mark.parametrize("method", METHODS)
 def test_described_by_the_parameters_that_are_adapted(method):
     kind = KINDS["MixtralForCausalLM"]
-    for fields in ({"target_parameters": ["experts.down_proj"]}, {"target_modules": ["experts"]}):
-        if method == "weight adapter":
-            fields = {**fields, "target": "weight"}
-        model = get_peft_model(kind.build(), config(method, **fields))
+    more = {"target": "both"} if method == "weight adapter" else {"density": 0.25}
+    for fields in ({"target_parameters": ["experts.down_proj"]}, {"target_modules": ["experts", "q_proj"]}):
+        model = get_peft_model(kind.build(), config(method, **fields, **more))
         facts = describe(model).adapters[0]
         assert facts.formula_parameters == facts.trainable_parameters
         assert facts.formula_bytes == facts.stored_bytes
@@ -226,7 +227,7 @@ def test_a_parameter_of_the_model_itself_is_refused():
 
 @pytest.mark.parametrize("given", ["experts.down_proj", ["experts", 3], [""]])
 def test_anything_but_a_list_of_names_is_refused(given):
-    with pytest.raises(ConfigError, match="target_parameters=.* is invalid: expected a list of names"):
+    with pytest.raises(ConfigError, match=r"target_parameters=.* is invalid: expected a list of names"):
         MagnitudeMaskConfig(target_parameters=given)
 
 

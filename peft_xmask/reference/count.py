@@ -20,10 +20,12 @@ def formula_values(
     common = _common_values(config, base, sites)
     if card.symbols is not None:
         common |= card.symbols(config, common)
-    per_site = [_site_values(card, config, site) for site in sites]
+    per_site: list[dict[str, Any]] = []
     groups: dict[str, dict[str, Any]] = {}
-    for site, values in zip(sites, per_site, strict=True):
+    for site in sites:
+        values = _site_values(card, config, site)
         groups.setdefault(card.group_of(site.name), values)
+        per_site += [values | _of_matrix(*each) for each in site.matrices] or [values]
     return per_site, list(groups.values()), common
 
 
@@ -104,6 +106,11 @@ def _block_values(base: nn.Module) -> Mapping[str, Any]:
         "other_embedding_parameters": sum(parameter.numel() for table in tables for parameter in table.parameters()),
         "final_norm_parameters": sum(parameter.numel() for norm in norms for parameter in norm.parameters()),
     }
+
+
+def _of_matrix(outputs: int, width: int) -> dict[str, Any]:
+    """A parameter that is adapted in its own right counts as a weight without a bias."""
+    return {"d_in": width, "d_out": outputs, "bias": False, "parameters": outputs * width, "on_weight": True}
 
 
 def _site_values(card: Card, config: Any, site: AdaptedSite) -> dict[str, Any]:

@@ -10,7 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..tuners.base.experts import is_fused_experts
 from ..tuners.base.peft_private import BaseTunerLayer
+from ..tuners.in_place.layer import InPlaceLayer
+from ..tuners.in_place.rows import as_rows, rows_of
 from .vocabulary import Workspace
 
 _Q, _K, _V = Workspace.ATTENTION_QUERY, Workspace.ATTENTION_KEY, Workspace.ATTENTION_VALUE
@@ -27,6 +30,7 @@ _PLACES: tuple[tuple[str, tuple[Workspace, ...]], ...] = (
     (r"(^|\.)(up_proj|gate_proj|gate_up_proj|c_fc|fc1|fc_in|wi|wi_0|wi_1|lin1|dense_h_to_4h|intermediate\.dense)$",
      (Workspace.FFN_INTERMEDIATE,)),
     (r"(^|\.)(down_proj|fc2|fc_out|wo|lin2|dense_4h_to_h|output\.dense|mlp\.c_proj)$", (Workspace.FFN_OUTPUT,)),
+    (r"(^|\.)experts$", (Workspace.FFN_INTERMEDIATE, Workspace.FFN_OUTPUT)),
     (r"(^|\.)(layers|layer|h|block|blocks)\.\d+$", (Workspace.BLOCK,)),
 )  # fmt: skip
 
@@ -47,6 +51,8 @@ class AdaptedSite:
         bias: whether the host has a bias.
         parameters: number of parameters of the host.
         names: number of names under which the model holds the module; more than 1 if it is tied.
+        matrices: outputs and width of each parameter that is adapted in its own right, such as those of fused experts;
+            empty where the host is adapted as a whole.
     """
 
     name: str
@@ -56,6 +62,7 @@ class AdaptedSite:
     bias: bool
     parameters: int
     names: int = 1
+    matrices: tuple[tuple[int, int], ...] = ()
 
     @property
     def workspace(self) -> tuple[Workspace, ...]:
@@ -75,7 +82,7 @@ def adapted_sites(model: nn.Module, adapter_name: str) -> list[AdaptedSite]:
     every_lora = str(getattr(_config(model, adapter_name), "peft_type", "")).endswith("XLORA")
     known = Counter(map(id, (module for _, module in root.named_modules(remove_duplicate=False))))
     return [
-        _site(name, module, known[id(module)])
+        _site(name, module, known[id(module)], _matrices(module, adapter_name, _config(model, adapter_name)))
         for name, module in root.named_modules()
         if name and (_touches(module, adapter_name) or (every_lora and _is_wrapper(module)))
     ]
@@ -135,7 +142,18 @@ def _holders(module: Any) -> Iterator[Any]:
             yield holder
 
 
-def _site(name: str, module: nn.Module, names: int) -> AdaptedSite:
+def _matrices(module: nn.Module, adapter_name: str, config: Any) -> tuple[tuple[int, int], ...]:
+    """Outputs and width of the parameters that a config names, or of fused experts."""
+    if not isinstance(module, InPlaceLayer):
+        return ()
+    host, parameters = module.get_base_layer(), module.adapted_parameters(adapter_name)
+    if config.target_parameters is None and not is_fused_experts(host):
+        return ()
+    shapes = [as_rows(getattr(host, each).detach().to("meta"), rows_of(host, each)).shape for each in parameters]
+    return tuple((shape[0], shape[1]) for shape in shapes)
+
+
+def _site(name: str, module: nn.Module, names: int, matrices: tuple[tuple[int, int], ...]) -> AdaptedSite:
     host = host_of(module)
     weight = getattr(host, "weight", None)
     d_in, d_out = _widths(host, weight)
@@ -147,6 +165,7 @@ def _site(name: str, module: nn.Module, names: int) -> AdaptedSite:
         bias=getattr(host, "bias", None) is not None,
         parameters=sum(parameter.numel() for parameter in host.parameters()),
         names=names,
+        matrices=matrices,
     )
 
 

@@ -24,6 +24,11 @@ SEQ2SEQ: dict[str, Any] = dict(
     decoder_start_token_id=2, max_position_embeddings=32,
 )  # fmt: skip
 MROPE: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+LINEAR_ATTENTION: dict[str, Any] = dict(
+    layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8, linear_num_key_heads=2,
+    linear_num_value_heads=2, linear_value_head_dim=8,
+)  # fmt: skip
+NO_HEAD_DIM: dict[str, Any] = {name: value for name, value in DECODER.items() if name != "head_dim"}
 SOUND: dict[str, Any] = dict(conv_dim=(8, 8), conv_stride=(4, 4), conv_kernel=(4, 4), num_conv_pos_embeddings=4)
 SOUND |= dict(num_feat_extract_layers=2, num_conv_pos_embedding_groups=2)
 
@@ -125,6 +130,14 @@ def _for_qwen() -> dict[str, Tensor]:
     return {**batch, "pixel_values": patches}
 
 
+def _for_llava() -> dict[str, Tensor]:
+    return _image_inside_text(4)
+
+
+def _for_mistral_3() -> dict[str, Tensor]:
+    return _image_inside_text(1, image_sizes=torch.tensor([[8, 8]] * 3))
+
+
 def _sound() -> dict[str, Tensor]:
     return {"input_values": torch.randn(3, 400, generator=torch.Generator().manual_seed(7))}
 
@@ -155,6 +168,7 @@ def _pair(
     text: dict[str, Any],
     vision: dict[str, Any],
     vision_config: str = "",
+    text_config: str = "",
     /,
     **fields: Any,
 ) -> Kind:
@@ -162,12 +176,12 @@ def _pair(
 
     Args:
         family: what the names of its configs begin with.
-        vision_config: name of the class of the config for images, if it does not follow from the family.
+        vision_config, text_config: names of the classes of the two configs, if they do not follow from the family.
     """
 
     def make() -> nn.Module:
         parts = dict(
-            text_config=getattr(transformers, f"{family}TextConfig")(**text).to_dict(),
+            text_config=getattr(transformers, text_config or f"{family}TextConfig")(**text).to_dict(),
             vision_config=getattr(transformers, vision_config or f"{family}VisionConfig")(**vision).to_dict(),
         )
         settings = getattr(transformers, f"{family}Config")(**parts, **fields)
@@ -192,16 +206,15 @@ ZOO = [
     _of("GPTNeoXForCausalLM", "GPTNeoXConfig", **TEXT),
     _of("LlamaForCausalLM", "LlamaConfig", **DECODER),
     _of("MistralForCausalLM", "MistralConfig", **DECODER),
-    _of("Qwen2ForCausalLM", "Qwen2Config", **{k: v for k, v in DECODER.items() if k != "head_dim"}),
+    _of("Qwen2ForCausalLM", "Qwen2Config", **NO_HEAD_DIM),
     _of("Qwen3ForCausalLM", "Qwen3Config", **DECODER),
     _of("Gemma2ForCausalLM", "Gemma2Config", **DECODER),
     _of("Gemma3ForCausalLM", "Gemma3TextConfig", **DECODER),
-    _of("Phi3ForCausalLM", "Phi3Config", **{k: v for k, v in DECODER.items() if k != "head_dim"}),
+    _of("Phi3ForCausalLM", "Phi3Config", **NO_HEAD_DIM),
     _of("SmolLM3ForCausalLM", "SmolLM3Config", **DECODER),
-    _of("Olmo3ForCausalLM", "Olmo3Config", **{k: v for k, v in DECODER.items() if k != "head_dim"}),
-    _of("GraniteForCausalLM", "GraniteConfig", **{k: v for k, v in DECODER.items() if k != "head_dim"}),
-    _of("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **DECODER, layer_types=["linear_attention", "full_attention"],
-        linear_key_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2, linear_value_head_dim=8),
+    _of("Olmo3ForCausalLM", "Olmo3Config", **NO_HEAD_DIM),
+    _of("GraniteForCausalLM", "GraniteConfig", **NO_HEAD_DIM),
+    _of("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", **DECODER, **LINEAR_ATTENTION),
     _of("MixtralForCausalLM", "MixtralConfig", **EXPERTS, num_local_experts=4),
     _of("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **{k: v for k, v in EXPERTS.items() if k != "head_dim"},
         num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=20),
@@ -243,5 +256,18 @@ ZOO = [
     _pair("Qwen3VLForConditionalGeneration", "Qwen3VL", _for_qwen, {**DECODER, **MROPE},
         dict(hidden_size=16, depth=2, num_heads=2, intermediate_size=24, patch_size=4, out_hidden_size=16,
         num_position_embeddings=16, deepstack_visual_indexes=[0]), image_token_id=IMAGE_TOKEN),
+    _pair("Qwen2VLForConditionalGeneration", "Qwen2VL", _for_qwen, {**NO_HEAD_DIM, **MROPE},
+        dict(embed_dim=16, hidden_size=16, depth=2, num_heads=2, mlp_ratio=2, patch_size=4),
+        image_token_id=IMAGE_TOKEN),
+    _pair("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VL", _for_qwen, {**NO_HEAD_DIM, **MROPE},
+        dict(hidden_size=16, depth=2, num_heads=2, intermediate_size=24, patch_size=4, out_hidden_size=16,
+        window_size=16, fullatt_block_indexes=[1]), image_token_id=IMAGE_TOKEN),
+    _pair("Qwen3_5ForConditionalGeneration", "Qwen3_5", _for_qwen, {**DECODER, **LINEAR_ATTENTION, **MROPE},
+        dict(hidden_size=16, depth=2, num_heads=2, intermediate_size=24, patch_size=4, out_hidden_size=16,
+        num_position_embeddings=16), image_token_id=IMAGE_TOKEN),
+    _pair("LlavaForConditionalGeneration", "Llava", _for_llava, DECODER, IMAGE, "CLIPVisionConfig", "LlamaConfig",
+        image_token_index=IMAGE_TOKEN, vision_feature_layer=-1),
+    _pair("Mistral3ForConditionalGeneration", "Mistral3", _for_mistral_3, DECODER, {**IMAGE, "head_dim": 8},
+        "PixtralVisionConfig", "MistralConfig", image_token_index=IMAGE_TOKEN),
     Kind("nn.TransformerEncoder", PlainEncoder, _vectors),
 ]  # fmt: skip

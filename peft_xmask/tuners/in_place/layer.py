@@ -81,6 +81,10 @@ class InPlaceLayer(TargetLayer):
     def changes(self, adapter_name: str) -> Sequence[Change]:
         """What the adapter adds to each parameter, with a gradient where one is needed."""
 
+    @abstractmethod
+    def adapted_parameters(self, adapter_name: str) -> list[str]:
+        """Names of the parameters that the adapter changes here."""
+
     def trained_changes(self, adapter_name: str) -> Sequence[TrainedChange]:
         """What the adapter trains in this module."""
         return [change for change in self.changes(adapter_name) if change.delta.requires_grad]

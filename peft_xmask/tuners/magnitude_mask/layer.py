@@ -130,6 +130,10 @@ class MagnitudeMaskLayer(InPlaceLayer, MagnitudeMaskModule):
         """Of the adapter's values."""
         return self.table.version(adapter_name)
 
+    def adapted_parameters(self, adapter_name: str) -> list[str]:
+        """Names of the parameters that the adapter changes here."""
+        return [each.name for each in self.magnitude_mask_masks[adapter_name].masked]
+
     def changes(self, adapter_name: str) -> list[Change]:
         """The adapter's values in this module."""
         vector = self.table[adapter_name]

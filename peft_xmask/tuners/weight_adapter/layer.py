@@ -181,6 +181,10 @@ class WeightAdapterLayer(InPlaceLayer, WeightAdapterModule):
             version = self._versions[adapter_name] = TensorVersions(stored, trained)
         return version
 
+    def adapted_parameters(self, adapter_name: str) -> list[str]:
+        """Names of the parameters that the adapter changes here."""
+        return [each.name for each in self.weight_adapter_adapted[adapter_name].adapted]
+
     def changes(self, adapter_name: str) -> list[Change]:
         """What the adapter adds to each parameter as a whole."""
         return [
