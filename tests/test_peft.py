@@ -77,6 +77,7 @@ HOOKS = {
         "_create_and_replace",
         "_enable_adapter_layers",
         "_get_adapter_state_dict",
+        "_inject_parameters",
         "_prepare_adapter_config",
         "_prepare_model",
         "_remap_adapter_state_dict_for_load",
