@@ -89,6 +89,7 @@ HOOKS = {
         "merge_adapter",
         "prefix",
         "set_adapter",
+        "supports_lora_conversion",
         "target_module_mapping",
         "tuner_layer_cls",
         "unload",

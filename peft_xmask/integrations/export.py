@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..bank.bake import BakedLora
 from ..core.adapter_folder import is_head_key
-from ..errors import ConfigError, MergeError
+from ..errors import ConfigError, MergeError, PeftXMaskWarning
 from ..tuners.sites.layer import SiteLayer
 from ..tuners.xpeft.keys import OFFSET_BITS
 
@@ -43,6 +44,13 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter_name: st
     sites = _sites(model, adapter_name)
     if config is None or not sites:
         raise ConfigError(f"Expected a model with one of our adapters named '{adapter_name}', found none.")
+    if "+" in (config.base_fingerprint or ""):
+        warnings.warn(
+            f"Adapter '{adapter_name}' was trained over a LoRA, which the export does not contain: it is right only "
+            "on a model in which that LoRA is active too, or merged.",
+            PeftXMaskWarning,
+            stacklevel=2,
+        )
     changes = {}
     for name, layer in sites:
         if reason := layer.why_not_linear(adapter_name):

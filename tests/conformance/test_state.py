@@ -54,6 +54,20 @@ def test_loading_with_low_memory(method, architecture, adapted, tmp_path):
     assert any(parameter.is_meta for name, parameter in lean.named_parameters() if method.owns(name))
 
 
+def test_an_adapter_loaded_for_training_has_the_parameters_of_the_one_saved(method, architecture, adapted, tmp_path):
+    """PEFT's suites ask this of adapters loaded for inference, which some methods ship in another form."""
+    model = adapted(architecture, method)
+    method.shift(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(architecture.build(), tmp_path, is_trainable=True)
+    names, found = (
+        {name: each.shape for name, each in m.named_parameters() if each.requires_grad} for m in (model, again)
+    )
+    assert names
+    assert found == names
+    assert again.state_dict().keys() == model.state_dict().keys()
+
+
 def test_several_adapters_are_saved_apart(method, architecture, adapted, add, tmp_path):
     model = adapted(architecture, method)
     add(model, architecture, method, "other")

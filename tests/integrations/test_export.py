@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_xmask import BottleneckConfig, XPEFTConfig, export_lora
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig, export_lora
 from peft_xmask.errors import ConfigError, MergeError
 
 FRESH = """
@@ -189,3 +189,23 @@ def test_peft_refuses_to_convert_what_is_not_linear(tiny_bert):
     assert not model.base_model.supports_lora_conversion()
     with pytest.raises(TypeError, match="do not support LoRA conversion"):
         convert_to_lora(model, rank=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "instead"),
+    [
+        (XPEFTConfig(num_adapters=24, activation="identity"), "export_lora"),
+        (MagnitudeMaskConfig(density=0.01), "fold"),
+        (WeightAdapterConfig(target="weight"), "fold"),
+    ],
+    ids=["xpeft", "magnitude mask", "weight adapter"],
+)
+def test_what_peft_cannot_convert_is_refused_with_the_way_to_go(config, instead, tiny_bert, tiny_batch):
+    model = get_peft_model(tiny_bert(), config).eval()
+    with torch.no_grad():
+        before = model(**tiny_batch).logits
+    assert not model.base_model.supports_lora_conversion()
+    with pytest.raises(ConfigError, match=f"convert_to_lora cannot convert adapter 'default'.* {instead}"):
+        convert_to_lora(model, rank=4)
+    with torch.no_grad():
+        assert torch.equal(model(**tiny_batch).logits, before)

@@ -18,7 +18,8 @@ from peft_xmask import (
     as_base,
     export_lora,
 )
-from peft_xmask.errors import BaseMismatchError, ConfigError, MergeError
+from peft_xmask.errors import BaseMismatchError, ConfigError, MergeError, PeftXMaskWarning
+from peft_xmask.tuners.base.base_fingerprint import check_fingerprint, joined
 
 PLACES = {"other modules": ["query", "value"], "the same module": ["query", "value", r"output.dense"]}
 
@@ -261,6 +262,8 @@ def test_a_linear_adapter_merges_only_where_no_lora_is(small_lora, tiny_batch, t
         assert torch.allclose(answers(model, tiny_batch), unmerged, atol=1e-4)
         model.unmerge_adapter()
         assert torch.equal(answers(model, tiny_batch), unmerged)
+        with pytest.warns(PeftXMaskWarning, match="was trained over a LoRA"):
+            export_lora(model, tmp_path / "as lora")
         merged = model.merge_and_unload()
         assert torch.allclose(answers(merged, tiny_batch), unmerged, atol=1e-4)
         assert any("lora_" in name for name, _ in merged.named_parameters())
@@ -297,3 +300,14 @@ def test_auto_classes_refuse_masks_that_need_a_lora(load_lora, minilm_batch, tmp
     get_peft_model(as_base(load_lora()), XPEFTConfig(task_type="SEQ_CLS", num_adapters=24)).save_pretrained(tmp_path)
     with pytest.raises(BaseMismatchError, match="no LoRA beneath"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=5)
+
+
+def test_a_quantised_base_is_known_by_its_lora():
+    """Its weights have no fingerprint, so what is recorded begins with the sign between both."""
+    recorded = joined(None, "77aa")
+    assert recorded == "+77aa"
+    assert check_fingerprint(recorded, joined(None, "77aa"), None) == recorded
+    assert check_fingerprint(recorded, joined("8b1c", "77aa"), None) == "8b1c+77aa"  # the base, not quantised
+    for found in (None, "8b1c", "+77ab"):
+        with pytest.raises(BaseMismatchError):
+            check_fingerprint(recorded, found, None)

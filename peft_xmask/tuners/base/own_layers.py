@@ -15,6 +15,7 @@ from .base_fingerprint import fingerprint_lora, renewed
 from .beneath import THE_WAY, OneMethod, kind_of, layers_of_others, refuse_other_methods, set_lora
 from .config import TargetConfig
 from .peft_private import AuxiliaryTrainingWrapper, BaseTuner, onload_layer, refuse_in_mixed_models
+from .state import RootTable
 
 
 class OwnLayersTuner(BaseTuner):
@@ -103,6 +104,12 @@ class OwnLayersTuner(BaseTuner):
                 setattr(self.model.get_submodule(parent), child, inner)
         del self.model.peft_config
         return self.model
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's ``convert_to_lora`` can take the adapter. For X-PEFT there is ``export_lora``."""
+        return not any(isinstance(module, RootTable) for module in self._own_modules()) and bool(
+            super().supports_lora_conversion(adapter_name)
+        )
 
     @classmethod
     def _get_adapter_state_dict(

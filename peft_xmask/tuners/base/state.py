@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from .peft_private import BaseTunerLayer, check_adapters_to_merge
 
 
@@ -73,6 +74,20 @@ class RootTable(nn.Module, BaseTunerLayer):
     def forward(self, x: Any) -> Any:
         """Pass on what a root that runs its children one after another (``nn.Sequential``) hands to each of them."""
         return x
+
+    instead_of_lora: str
+    """What to do instead of PEFT's ``convert_to_lora``."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Refuse: PEFT asks while it converts a model to a LoRA, layer by layer, and this table is none of its layers.
+
+        Raises:
+            ConfigError: says what to do instead.
+        """
+        raise ConfigError(
+            f"PEFT's convert_to_lora cannot convert adapter '{adapter_name}', whose state is in one place for all "
+            f"modules. {self.instead_of_lora}"
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Note which adapters the layers have merged."""

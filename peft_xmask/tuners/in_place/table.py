@@ -110,6 +110,10 @@ class DeltaTable(RootTable):
 
     state_name: str
     holder_cls: type[TrainableTensor | PackedTensor] = TrainableTensor
+    instead_of_lora = (
+        "Use fold(model, folder), which writes a plain checkpoint with the change in its weights, or, for a magnitude "
+        "mask, export_sparse_delta."
+    )
 
     def __init__(self) -> None:
         super().__init__()

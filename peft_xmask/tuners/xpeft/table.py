@@ -45,6 +45,7 @@ class MaskTable(RootTable, XPEFTModule):
     xpeft_gain_bits: MutableMapping[str, PackedTensor]
     xpeft_offset_bits: MutableMapping[str, PackedTensor]
     adapter_layer_names = PARTS
+    instead_of_lora = "Use export_lora(model, folder), which writes a linear adapter as a LoRA exactly."
 
     def __init__(self) -> None:
         super().__init__()
