@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import MixtralForCausalLM
 
-from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig, fold
 from peft_xmask.errors import ConfigError, TargetError
 from peft_xmask.reference import describe
 
@@ -76,6 +77,21 @@ def test_the_parameters_that_lora_would_adapt_and_no_others(name, method, tmp_pa
     loaded.unmerge_adapter()
     assert same(numbers(loaded.unload()), before)
     assert torch.equal(logits(model.merge_and_unload(), batch), found)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_through_transformers_own_door_and_folded(method, tmp_path):
+    kind = KINDS["MixtralForCausalLM"]
+    batch = kind.batch()
+    model = get_peft_model(kind.build(), config(method, target_parameters=["experts.gate_up_proj"])).eval()
+    found = logits(model, batch)
+    model.save_pretrained(tmp_path / "adapter")
+    base = kind.build()
+    base.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(base.eval(), batch), found)
+    fold(model, tmp_path / "folded")
+    plain = MixtralForCausalLM.from_pretrained(tmp_path / "folded", attn_implementation="eager")
+    assert torch.equal(logits(plain.eval(), batch), found)
 
 
 def by_hand(change, module, parameter, numbers):
