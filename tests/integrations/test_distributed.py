@@ -181,3 +181,23 @@ def test_masks_sharded_by_fsdp2_are_gathered_for_files(together, script):
     torch.testing.assert_close(found["restored"], found["logits"], atol=1e-6, rtol=1e-5)
     state = load_file(together / "sharded-hard" / "checkpoint-4" / STATE_FILE)
     assert state["default.logits"].shape == (1, 2 * 3 * 20)
+
+
+@pytest.mark.parametrize("config", ["hard", "bottleneck"])
+def test_fsdp1_trains_what_one_process_does(config, together, script):
+    found = of_rank(together, 0, f"fsdp1-{config}")
+    assert same(found, of_rank(together, 1, f"fsdp1-{config}"))
+    start = script.adapted(config)
+    assert torch.equal(found["start"], script.logits(start))
+    alone = script.manual_steps(start, 0, 1)
+    torch.testing.assert_close(found["logits"], script.logits(alone), atol=1e-5, rtol=1e-4)
+    again = PeftModel.from_pretrained(script.base(), together / f"fsdp1-{config}")
+    torch.testing.assert_close(script.logits(again), found["logits"], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", ["masked", "over weights"])
+def test_methods_that_write_into_the_base_refuse_a_sharded_one(config, together):
+    for rank in (0, 1):
+        said = json.loads((together / f"rank{rank}" / "facts.json").read_text())["refused"][config]
+        assert "sharded over" in said["FSDP1"]
+        assert "sharded over" in said["FSDP2"]

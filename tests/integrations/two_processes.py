@@ -15,7 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullStateDictConfig, StateDictType, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     LlamaConfig,
@@ -25,8 +27,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTCallback, XPEFTConfig
+from peft_xmask.errors import PeftXMaskError
 
 GLOBAL_BATCH = 8
 STEPS = 6
@@ -161,10 +165,48 @@ def sharded(config: str, folder: Path, rank: int) -> dict[str, torch.Tensor]:
     return found
 
 
+def in_fsdp1(model: nn.Module) -> FSDP1:
+    policy = ModuleWrapPolicy({LlamaDecoderLayer})
+    return FSDP1(model, use_orig_params=True, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+
+
+def sharded_by_fsdp1(config: str, folder: Path, rank: int) -> dict[str, torch.Tensor]:
+    """The older FSDP. PEFT does not find adapters inside its units, so they are saved by a model outside of it."""
+    model = in_fsdp1(adapted(config))
+    found = {"start": logits(model)}
+    manual_steps(model, rank, 2)
+    found["logits"] = logits(model)
+    with FSDP1.state_dict_type(model, StateDictType.FULL_STATE_DICT, FullStateDictConfig(rank0_only=True)):
+        whole = model.state_dict()
+    if rank == 0:
+        outside = adapted(config)
+        outside.load_state_dict(whole)
+        outside.save_pretrained(folder)
+    return found
+
+
+def refused_by_fsdp(config: str) -> dict[str, str]:
+    """What a method that writes into the base says of a base that is sharded."""
+    mesh, found = init_device_mesh("cpu", (2,)), {}
+
+    def with_fsdp2() -> nn.Module:
+        model = adapted(config)
+        for each in (*model.base_model.model.model.layers, model):
+            fully_shard(each, mesh=mesh)
+        return model
+
+    for name, build in (("FSDP1", lambda: in_fsdp1(adapted(config))), ("FSDP2", with_fsdp2)):
+        try:
+            manual_steps(build(), 0, 2, steps=1)
+        except PeftXMaskError as error:
+            found[name] = str(error)
+    return found
+
+
 def main(folder: Path) -> None:
     state = PartialState(cpu=True)
     rank = state.process_index
-    facts = {"backend": state.backend, "processes": state.num_processes}
+    facts: dict[str, object] = {"backend": state.backend, "processes": state.num_processes}
     mine = folder / f"rank{rank}"
 
     def keep(name: str, found: dict[str, torch.Tensor]) -> None:
@@ -180,6 +222,8 @@ def main(folder: Path) -> None:
         keep(f"static-{config}", static_graph(config, rank))
     for config in ("hard", "bottleneck"):
         keep(f"sharded-{config}", sharded(config, folder / f"sharded-{config}", rank))
+        keep(f"fsdp1-{config}", sharded_by_fsdp1(config, folder / f"fsdp1-{config}", rank))
+    facts["refused"] = {config: refused_by_fsdp(config) for config in ("masked", "over weights")}
     (mine / "facts.json").write_text(json.dumps(facts))
     state.wait_for_everyone()
     state.destroy_process_group()

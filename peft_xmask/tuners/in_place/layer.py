@@ -62,6 +62,7 @@ class InPlaceLayer(TargetLayer):
         """Attach the layer to a model's table. A tuple holds it, so that torch does not register it as a submodule."""
         self._table = (table,)
         self._use.guard = table.guard
+        table.probe = table.probe or next(iter(self._overrides.values()), None)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ...errors import BaseMismatchError
+from ...errors import BaseMismatchError, ConfigError
 
 
 class Override:
@@ -64,7 +64,9 @@ class Override:
 
         Raises:
             BaseMismatchError: other code changed the elements written before.
+            ConfigError: the parameter is sharded over processes.
         """
+        self.refuse_sharded()
         with writing():
             if self._own is None or index is not self._index:
                 self._restore()
@@ -82,7 +84,9 @@ class Override:
 
         Raises:
             BaseMismatchError: it did.
+            ConfigError: the parameter is sharded over processes.
         """
+        self.refuse_sharded()
         self._refuse_changes(thorough=False)
 
     def rewrite(self, own: Tensor, written: Tensor) -> None:
@@ -139,6 +143,20 @@ class Override:
             parameter.put_(index, numbers)
         self._writes += 0 if compiling else parameter._version - before
 
+    def refuse_sharded(self) -> None:
+        """Check that this process has the whole parameter, and that what is written there stays there.
+
+        Raises:
+            ConfigError: the parameter is sharded over processes.
+        """
+        if not torch.compiler.is_compiling() and _is_sharded(self.parameter):
+            raise ConfigError(
+                f"Expected whole parameters, found '{self.name}' of a {type(self.module).__name__} sharded over "
+                "processes (FSDP, or DeepSpeed's ZeRO-3). Magnitude masks and weight adapters write into the base's "
+                "parameters, so they cannot work there. Use DDP, or an adapter that reads activations "
+                "(XPEFTConfig, BottleneckConfig)."
+            )
+
     def _refuse_changes(self, *, thorough: bool) -> None:
         if torch.compiler.is_compiling():
             return
@@ -178,6 +196,14 @@ def combined(own: Tensor, delta: Tensor) -> Tensor:
     """``own + delta``, added in float32 or wider and rounded once, to the dtype of ``own``."""
     wide = torch.promote_types(torch.promote_types(own.dtype, delta.dtype), torch.float32)
     return (own.to(wide) + delta.to(own.device, wide).view(own.shape)).to(own.dtype)
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    """Whether a process holds a part of a parameter only, or, in a forward pass, a view of what it gathered."""
+    if isinstance(parameter, nn.Parameter):
+        marks = ("full_tensor", "_fsdp_flattened", "ds_id")  # FSDP2's DTensor, FSDP1, ZeRO-3
+        return any(hasattr(parameter, mark) for mark in marks)
+    return parameter._is_view()
 
 
 def _bits(numbers: Tensor) -> Tensor:

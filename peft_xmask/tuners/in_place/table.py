@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ...errors import FileFormatError
 from ..base.state import PackedTensor, RootTable, TrainableTensor
 from .guard import PassGuard, State
+from .override import Override
 from .version import TensorVersion
 
 
@@ -121,6 +122,7 @@ class DeltaTable(RootTable):
         self._adapters: dict[str, DeltaVector] = {}
         self.guard = PassGuard()
         self.hooks: list[RemovableHandle] = []
+        self.probe: Override | None = None  # the first of the model's, which shows whether the base is sharded
 
     def __getitem__(self, adapter_name: str) -> DeltaVector:
         return self._adapters[adapter_name]

@@ -272,6 +272,8 @@ class InPlaceTuner(TargetTuner):
 def _begin_pass(model: nn.Module, _: Any) -> None:
     table = model._modules.get(TABLE)
     if isinstance(table, DeltaTable) and not torch.compiler.is_compiling():
+        if table.probe is not None:  # before a pass, since FSDP2 shows whole parameters during it
+            table.probe.refuse_sharded()
         table.guard.begin_pass(lambda: table.state)
 
 
