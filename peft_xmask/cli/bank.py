@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .bank_report import SHOWN, SIZES, describe_bank, print_difference, print_written, shown_name
+from .bank_sources import chosen_names, find_adapters, folder_of, is_adapter, open_bank, read_names
 from .console import bytes_text, output, print_facts, print_json, progress_bar
 
 if TYPE_CHECKING:
-    from ..bank.difference import Difference
     from ..profiles import LiveBank, ProfileBank
 
 app = typer.Typer(help="Make, look at, check and compare banks of profiles.", no_args_is_help=True)
 
-SHOWN = 10
-SIZES = {
-    "profile_bytes": "bytes a profile",
-    "payload_bytes": "masks and gains",
-    "names_bytes": "names",
-    "head_bytes": "shared head",
-    "pool_bytes": "stored pool",
-    "file_bytes": "file",
-    "folder_bytes": "folder",
-}
 Bank = Annotated[str, typer.Argument(help="Folder or Hub id of a bank.")]
 Place = Annotated[Path, typer.Argument(help="Folder of a bank, which is changed.")]
 Out = Annotated[Path, typer.Option(help="Folder to write the bank to.")]
@@ -50,7 +40,7 @@ def build(
     from ..profiles import ProfileBank
 
     _refuse_present(out, replace)
-    if len(sources) == 1 and _is_adapter(Path(sources[0])):
+    if len(sources) == 1 and is_adapter(Path(sources[0])):
         bank = ProfileBank.from_pretrained(sources[0])
         if names is not None:
             content = bank.content()
@@ -74,7 +64,7 @@ def inspect(bank: Bank, as_json: Json = False) -> None:
         print_json(facts)
         return
     sizes = {SIZES.get(name, name): bytes_text(size) for name, size in facts.pop("sizes").items()}
-    names = ", ".join(map(_shown, facts.pop("first_names"))) + (", ..." if facts["profiles"] > SHOWN else "")
+    names = ", ".join(map(shown_name, facts.pop("first_names"))) + (", ..." if facts["profiles"] > SHOWN else "")
     print_facts({**facts, "profiles": f"{facts['profiles']:,}", "first names": names, **sizes})
 
 
@@ -94,7 +84,7 @@ def merge(
     opened = [open_bank(bank) for bank in banks]
     with progress_bar(f"merging {len(opened)} banks"):
         merged = ProfileBank.merge(opened, out, prefer=prefer)
-    _print_written(merged, out)
+    print_written(merged, out)
 
 
 @app.command()
@@ -123,7 +113,7 @@ def remove(
     names: Names = None,
 ) -> None:
     """Remove profiles from a bank, frozen or live."""
-    chosen = _chosen(wanted, names)
+    chosen = chosen_names(wanted, names)
     with _edited(bank) as edited:
         for name in chosen:
             edited.remove(name)
@@ -139,7 +129,7 @@ def rename(
     """Rename a profile of a bank, frozen or live."""
     with _edited(bank) as edited:
         edited.rename(old, new)
-    output.print(f"{_shown(old)} is now called {_shown(new)}", markup=False, soft_wrap=True)
+    output.print(f"{shown_name(old)} is now called {shown_name(new)}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -153,7 +143,7 @@ def freeze(
     opened = LiveBank.open(live)
     with progress_bar(f"freezing {len(opened):,} profiles"):
         frozen = opened.freeze(out)
-    _print_written(frozen, out)
+    print_written(frozen, out)
 
 
 @app.command()
@@ -176,7 +166,7 @@ def select(
     replace: Replace = False,
 ) -> None:
     """Write some of a bank's profiles as a new bank, in the given order."""
-    chosen = _chosen(wanted, names)
+    chosen = chosen_names(wanted, names)
     _refuse_present(out, replace)
     _write(open_bank(bank).select(chosen), out)
 
@@ -209,7 +199,7 @@ def export(
     for name, folder in folders.items():
         if name not in opened:
             raise ConfigError(f"There is no profile {name!r} in the bank '{bank}'.")
-        if _is_adapter(folder) and not replace:
+        if is_adapter(folder) and not replace:
             raise ConfigError(f"There is an adapter in '{folder}' already. Choose another --out, or pass --replace.")
     baker = LoraBaker(opened, base, check_base=check_base)
     if vllm and baker.has_bias:
@@ -228,7 +218,7 @@ def export(
             size = lora.nbytes
     print_facts({"LoRAs": f"{len(folders):,}", "rank": f"{rank}", "tensors of each": bytes_text(size)})
     for name, folder in list(folders.items())[:SHOWN]:
-        output.print(f"{_shown(name)}: {folder}", markup=False, soft_wrap=True)
+        output.print(f"{shown_name(name)}: {folder}", markup=False, soft_wrap=True)
     if len(folders) > SHOWN:
         output.print(f"and {len(folders) - SHOWN:,} more in {out}", markup=False, soft_wrap=True)
 
@@ -285,7 +275,7 @@ def diff(
             }
         )  # fmt: skip
     else:
-        _print_difference(found)
+        print_difference(found)
     if found:
         raise typer.Exit(1)
 
@@ -328,185 +318,16 @@ def _edited(place: Path) -> Iterator[ProfileBank | _LiveEdits]:
         bank.save_pretrained(place)
 
 
-def _chosen(wanted: list[str] | None, names: Path | None) -> list[str]:
-    from ..errors import ConfigError
-
-    chosen = [*(wanted or ()), *(() if names is None else read_names(names))]
-    if not chosen:
-        raise ConfigError("Expected names of profiles after the bank or in --names, found none.")
-    return chosen
-
-
-def open_bank(where: str) -> ProfileBank:
-    """A bank in a folder or on the Hub.
-
-    Raises:
-        ConfigError, FileFormatError: there is none, or it is damaged.
-    """
-    from ..profiles import ProfileBank
-
-    return ProfileBank.from_pretrained(where)
-
-
-def describe_bank(where: str) -> dict[str, Any]:
-    """Everything that ``bank inspect`` prints, as plain data. No row is read."""
-    from itertools import islice
-
-    from ..bank.live import LiveBank, is_live_bank
-    from ..bank.storage import LIVE_FILE
-    from ..core.adapter_folder import ADAPTER_FILE
-    from ..pool import AdapterPool
-
-    path = Path(where)
-    live = LiveBank.open(path) if is_live_bank(path) else None
-    bank = live.kind if live is not None else open_bank(where)
-    config, profiles, size = bank.config, live if live is not None else bank, bank.nbytes
-    file = path / (ADAPTER_FILE if live is None else LIVE_FILE)
-    files = [each for each in path.iterdir() if each.is_file()] if path.is_dir() else []
-    return {
-        "kind": "bank" if live is None else "live bank",
-        "path": where,
-        "version": None if live is None else live.version,
-        "profiles": len(profiles),
-        "first_names": list(islice(profiles, SHOWN)),
-        "base_model": config.base_model_name_or_path,
-        "base_fingerprint": config.base_fingerprint,
-        "pool": config.pool or f"random, seed {config.pool_seed}",
-        "pool_fingerprint": config.pool_fingerprint,
-        "num_adapters": bank.spec.num_adapters,
-        "num_sites": bank.spec.num_sites,
-        "mask_type": bank.spec.mask_type,
-        "top_k": bank.spec.top_k if bank.spec.mask_type == "hard" else None,
-        "learn_gain": bank.spec.learn_gain,
-        "sizes": {
-            "profile_bytes": size,
-            "payload_bytes": size * len(profiles),
-            "names_bytes": None
-            if live is not None
-            else sum(each.nbytes for each in bank.name_index().tensors.values()),
-            "head_bytes": sum(tensor.nbytes for tensor in bank.shared.values()),
-            "pool_bytes": AdapterPool.from_pretrained(config.pool).nbytes if isinstance(config.pool, str) else 0,
-            "file_bytes": file.stat().st_size if files else None,
-            "folder_bytes": sum(each.stat().st_size for each in files) if files else None,
-        },
-    }
-
-
-def find_adapters(sources: list[str]) -> dict[str, str]:
-    """Adapter folders by the names for their profiles.
-
-    Raises:
-        ConfigError: a folder without adapters, or a name twice.
-    """
-    from ..errors import ConfigError
-
-    found: dict[str, str] = {}
-    for source in sources:
-        name, equals, folder = source.partition("=")
-        if equals and not Path(source).exists():
-            some = {name: Path(folder)}
-        elif _is_adapter(Path(source)):
-            some = {Path(source).resolve().name: Path(source)}
-        else:
-            some = {each.parent.name: each.parent for each in sorted(Path(source).glob("*/adapter_config.json"))}
-        if not some:
-            raise ConfigError(
-                f"Expected NAME=FOLDER, an adapter's folder or a folder of such folders, found '{source}'."
-            )
-        if twice := sorted(set(some) & set(found)):
-            raise ConfigError(f"Two adapters are called {twice[0]!r}. Name one of them otherwise, as NAME=FOLDER.")
-        found |= {name: str(folder) for name, folder in some.items()}
-    return found
-
-
-def folder_of(name: str) -> str:
-    """The name of a profile as that of a folder: percent-encoded, and shortened with a digest if it is long."""
-    import hashlib
-    from urllib.parse import quote
-
-    quoted = quote(name, safe=" @+,=") if name.strip(".") else name.replace(".", "%2E")
-    if len(quoted) <= 200:
-        return quoted
-    return f"{quoted[:160]}~{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-
-
-def read_names(path: Path) -> list[str]:
-    """Names in a file: one a line, or a JSON list if it ends with ``.json``.
-
-    Raises:
-        FileFormatError: not UTF-8, or not a list of strings.
-    """
-    from ..errors import FileFormatError
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else [line for line in text.split("\n") if line]
-    except ValueError as error:
-        raise FileFormatError(f"Expected names in '{path}', in UTF-8, found other content: {error}.") from error
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise FileFormatError(f"Expected a JSON list of names in '{path}', found something else.")
-    return found
-
-
-def _is_adapter(path: Path) -> bool:
-    return (path / "adapter_config.json").is_file()
-
-
 def _refuse_present(out: Path, replace: bool) -> None:
     from ..errors import ConfigError
 
     if out.is_file():
         raise ConfigError(f"'{out}' is a file, and a bank is a folder. Choose another place.")
-    if _is_adapter(out) and not replace:
+    if is_adapter(out) and not replace:
         raise ConfigError(f"'{out}' already holds a bank or an adapter. Choose another place, or pass --replace.")
 
 
 def _write(bank: ProfileBank, out: Path) -> None:
     with progress_bar(f"writing {len(bank):,} profiles"):
         bank.save_pretrained(out)
-    _print_written(bank, out)
-
-
-def _print_written(bank: ProfileBank, out: Path) -> None:
-    from ..core.adapter_folder import ADAPTER_FILE
-
-    size = (out / ADAPTER_FILE).stat().st_size
-    print_facts(
-        {
-            "profiles": f"{len(bank):,}",
-            "bytes a profile": f"{bank.nbytes:,}",
-            "pool": bank.config.pool_fingerprint,
-            "file": bytes_text(size),
-        }
-    )
-    output.print(f"Bank written to {out}", markup=False, soft_wrap=True)
-
-
-def _print_difference(found: Difference) -> None:
-    for field, (before, after) in found.settings.items():
-        output.print(f"setting {field}: {before!r} -> {after!r}", markup=False, soft_wrap=True)
-    if not found.same_shared:
-        output.print("the head that all profiles share is another one")
-    for sign, names in (("-", found.removed), ("+", found.added)):
-        for name in names[:SHOWN]:
-            output.print(f"{sign} {_shown(name)}", markup=False, soft_wrap=True)
-        _print_more(len(names), "removed" if sign == "-" else "added")
-    for change in found.changed[:SHOWN]:
-        numbers = (("gains", change.gains), ("offsets", change.offsets))
-        more = "".join(f", {count} {what}" for what, count in numbers if count)
-        output.print(f"~ {_shown(change.name)}: {change.bits:,} bits{more}", markup=False, soft_wrap=True)
-    _print_more(len(found.changed), "changed")
-    output.print(
-        f"{len(found.added):,} added, {len(found.removed):,} removed, {len(found.changed):,} changed, "
-        f"{found.unchanged:,} unchanged"
-    )
-
-
-def _print_more(count: int, what: str) -> None:
-    if count > SHOWN:
-        output.print(f"  and {count - SHOWN:,} more {what} (all of them with --json)")
-
-
-def _shown(name: str) -> str:
-    """A name that moves no cursor."""
-    return name if name.isprintable() else repr(name)
+    print_written(bank, out)

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .bank import Bank, open_bank
+from .bank import Bank
+from .bank_sources import open_bank
 from .console import output, progress_bar
 
 app = typer.Typer(

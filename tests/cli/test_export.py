@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_xmask import XPEFTConfig
-from peft_xmask.cli.bank import folder_of
+from peft_xmask.cli.bank_sources import folder_of
 from peft_xmask.profiles import ProfileBank
 
 NAMES = ["ann", "../bob", "Zoë"]
