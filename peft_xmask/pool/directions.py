@@ -2,7 +2,8 @@
 
 Of G groups' deviations from the common adapter, the first K principal directions are kept, each as long as the groups'
 standard deviation along it. The pool's N directions are random mixtures of these K: with N much larger than K, a mask
-of N bits can approximate any K real coefficients, and no bit is spent on a direction in which nobody deviates.
+of N bits can approximate any K real coefficients, and no bit is spent on a direction in which nobody deviates. The
+mixtures are never made: the pool has the K directions and the coefficients, and a mask is turned into K numbers first.
 """
 
 from __future__ import annotations
@@ -88,15 +89,15 @@ def principal_directions(deviations: Tensor, count: int) -> Tensor:
     return torch.cat([scaled, scaled.new_zeros(count - len(scaled), scaled.shape[1])]).float()
 
 
-def mixed_directions(members: Sequence[SiteTensors], coefficients: Tensor) -> tuple[SiteTensors, SiteTensors]:
-    """The mean of one site's adapters, and N directions around it.
+def directions_of(members: Sequence[SiteTensors], count: int) -> tuple[SiteTensors, SiteTensors]:
+    """The mean of one site's adapters, and the principal directions in which they deviate from it.
 
     Args:
         members: adapters of G groups.
-        coefficients: ``[N, K]``.
+        count: K.
 
     Returns:
-        The mean, as a stack of one; and the directions, stacked.
+        The mean, as a stack of one; and the directions, as a stack of K.
     """
     stacked = {name: torch.stack([getattr(each, name).double() for each in members]) for name, _ in members[0].parts()}
     means = {name: values.mean(0, keepdim=True) for name, values in stacked.items()}
@@ -104,8 +105,8 @@ def mixed_directions(members: Sequence[SiteTensors], coefficients: Tensor) -> tu
     for side in _SIDES:
         names = [name for name in side if name in stacked]
         flat = torch.cat([(stacked[name] - means[name]).flatten(1) for name in names], dim=1)
-        mixed = coefficients @ principal_directions(flat, coefficients.shape[1])
+        found = principal_directions(flat, count)
         widths = [means[name].numel() for name in names]
-        for name, part in zip(names, mixed.split(widths, dim=1), strict=True):
+        for name, part in zip(names, found.split(widths, dim=1), strict=True):
             directions[name] = part.reshape(-1, *means[name].shape[1:])
     return SiteTensors(**{name: mean.float() for name, mean in means.items()}), SiteTensors(**directions)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError
 from .common import CommonPart, remade
-from .directions import Fitting, mixed_directions, mixing_coefficients
+from .directions import Fitting, directions_of, mixing_coefficients
 from .pool import AdapterPool
 from .trained import TrainedAdapter, stack
 
@@ -34,7 +35,7 @@ def fitted_pool(
     coefficients = mixing_coefficients(size, principal, seed)
     means, directions = {}, {}
     for name in like.sites:
-        means[name], directions[name] = mixed_directions([each.sites[name] for each in adapters], coefficients)
+        means[name], directions[name] = directions_of([each.sites[name] for each in adapters], principal)
     if not any(part.any() for site in directions.values() for _, part in site.parts()):
         raise ConfigError(
             "The groups' adapters are all the same, so there are no directions. Train them for more steps, or at a "
@@ -42,6 +43,6 @@ def fitted_pool(
         )
     names = tuple(f"direction {number}" for number in range(1, size + 1))
     common = remade(like, means, (f"mean of {len(adapters)} groups' adapters",))
-    found = remade(like, directions, names, mask_weighting="signed")
+    found = replace(remade(like, directions, names, mask_weighting="signed"), coefficients=coefficients)
     fitting = Fitting({**facts, "principal": principal}, coefficients)
     return AdapterPool(found, None, CommonPart(common, inside=True), fitting)

@@ -40,6 +40,8 @@ class PoolSlice(nn.Module):
     """N frozen adapters for one site, as buffers that are never trained, saved or copied.
 
     Shapes: ``down [N, b, d_in]``, ``up [N, d_out, b]``, ``down_bias [N, b]`` or None, ``up_bias [N, d_out]`` or None.
+    With ``coefficients [N, K]`` these have K in place of N, and adapter n is ``sum_k coefficients[n, k] down[k]``,
+    likewise its other parts.
 
     Attributes:
         origin: identifies the pool and the part of it; slices of equal origin hold equal values.
@@ -52,6 +54,7 @@ class PoolSlice(nn.Module):
     up: Tensor
     down_bias: Tensor | None
     up_bias: Tensor | None
+    coefficients: Tensor | None
     common: PoolSlice | None
 
     def __init__(
@@ -61,6 +64,7 @@ class PoolSlice(nn.Module):
         down_bias: Tensor | None = None,
         up_bias: Tensor | None = None,
         *,
+        coefficients: Tensor | None = None,
         origin: tuple[Hashable, ...],
         common: PoolSlice | None = None,
         common_inside: bool = False,
@@ -69,7 +73,8 @@ class PoolSlice(nn.Module):
         self.origin = origin
         self.common = common
         self.common_inside = common_inside
-        for name, tensor in (("down", down), ("up", up), ("down_bias", down_bias), ("up_bias", up_bias)):
+        parts = {"down": down, "up": up, "down_bias": down_bias, "up_bias": up_bias, "coefficients": coefficients}
+        for name, tensor in parts.items():
             self.register_buffer(name, tensor, persistent=False)
 
     @property
@@ -80,20 +85,29 @@ class PoolSlice(nn.Module):
     def around(self, common: PoolSlice, inside: bool) -> PoolSlice:
         """The same directions with an always-on adapter."""
         return PoolSlice(
-            self.down, self.up, self.down_bias, self.up_bias,
+            self.down, self.up, self.down_bias, self.up_bias, coefficients=self.coefficients,
             origin=(self.origin, common.origin, inside), common=common, common_inside=inside,
         )  # fmt: skip
 
     @property
     def row_nbytes(self) -> int:
         """Bytes of one mixed adapter."""
-        common = 0 if self.common is None else self.common.nbytes
-        return (self.nbytes - common) // int(self.down.shape[0]) + (0 if self.common_inside else common)
+        parts = [part for part in (self.down, self.up, self.down_bias, self.up_bias) if part is not None]
+        common = 0 if self.common is None or self.common_inside else self.common.nbytes
+        return sum(part[0].nbytes for part in parts) + common
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PoolSlice:
+        """Move or cast the adapters. Coefficients are moved only: rounded ones would not cancel where masks start."""
+        kept = self.coefficients
+        super()._apply(fn, recurse)
+        if kept is not None:
+            self.coefficients = kept.to(self.down.device)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PoolSlice:
         """Share the tensors: a frozen pool is held once, however often a model is copied."""
         twin = PoolSlice(
-            self.down, self.up, self.down_bias, self.up_bias,
+            self.down, self.up, self.down_bias, self.up_bias, coefficients=self.coefficients,
             origin=self.origin, common=copy.deepcopy(self.common, memo), common_inside=self.common_inside,
         )  # fmt: skip
         memo[id(self)] = twin

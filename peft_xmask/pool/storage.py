@@ -8,7 +8,8 @@
 ``source`` and, of the always-on adapter, ``kind``, ``bottleneck_size``, ``insertion_form``, ``activation``,
 ``layer_norm``, ``sites`` and ``norms``. Its tensors are in the same file, with ``common/`` before their names. Format
 version 3, of fitted pools, adds ``fitting``, an object that says on what the pool was grown, and a float32 tensor
-``prior/coefficients [N, K]`` (:class:`~peft_xmask.pool.directions.Fitting`), with K in ``fitting["principal"]``.
+``prior/coefficients [N, K]`` (:class:`~peft_xmask.pool.directions.Fitting`), with K in ``fitting["principal"]``. In
+version 4 the directions' tensors have K in place of N: the pool's adapters are mixtures of these, by the coefficients.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +44,10 @@ CARD_FILE = "README.md"
 FILENAMES = (JSON_FILE, TENSOR_FILE)
 
 FORMAT = "peft_xmask.pool"
-FORMAT_VERSIONS = (1, 2, 3)
-"""2: with a common part; 3: with one, and fitted."""
+FORMAT_VERSIONS = (1, 2, 3, 4)
+"""2: with a common part; 3: with one, and fitted; 4: fitted, as mixtures, which is how fitted pools are written now."""
+_FITTED = (3, 4)
+_MIXTURES = 4
 
 _Check = tuple[Callable[[Any], bool], str]
 _COUNT: _Check = (lambda x: type(x) is int and x >= 1, "a whole number of at least 1")
@@ -98,10 +102,10 @@ _PART: Mapping[str, _Check] = {
 def _checks_of(facts: Mapping[str, Any]) -> Mapping[str, _Check]:
     checks = _RANDOM if facts.get("kind") == "random" else _TRAINED
     version = facts.get("format_version")
-    if version not in (2, 3):
+    if version not in (2, *_FITTED):
         return checks
     added = {name: _TRAINED[name] for name in _FILE} | {"common": _OBJECT}
-    return {**checks, **added, **({"fitting": _FITTING} if version == 3 else {})}
+    return {**checks, **added, **({"fitting": _FITTING} if version in _FITTED else {})}
 
 
 def write_pool(
@@ -119,7 +123,7 @@ def write_pool(
         raise ConfigError(f"Expected a directory to save the pool in, found a file: '{folder}'.")
     facts: dict[str, object] = {
         "format": FORMAT,
-        "format_version": 1 if common is None else 2 if fitting is None else 3,
+        "format_version": _version(adapters, common, fitting),
         "kind": adapters.kind,
         "num_adapters": adapters.num_adapters,
         "bottleneck_size": adapters.bottleneck_size,
@@ -148,6 +152,12 @@ def write_pool(
     write_text(folder / JSON_FILE, json.dumps(facts, indent=1) + "\n")
     if not tensors:
         tensor_file.unlink(missing_ok=True)
+
+
+def _version(adapters: RandomAdapters | TrainedAdapters, common: CommonPart | None, fitting: Fitting | None) -> int:
+    if common is None or fitting is None:
+        return 1 if common is None else 2
+    return 3 if isinstance(adapters, RandomAdapters) or adapters.coefficients is None else _MIXTURES
 
 
 def _trained_facts(adapters: TrainedAdapters) -> dict[str, object]:
@@ -191,6 +201,9 @@ def read_pool(
     wanted = dtype or stored
     tensors = {} if "file_bytes" not in facts else _read_checked(folder.path / TENSOR_FILE, where, facts, stored)
     coefficients = tensors.pop(COEFFICIENTS, None)
+    if coefficients is not None and not coefficients.isfinite().all():
+        raise FileFormatError(f"Expected finite numbers in '{COEFFICIENTS}' of '{folder.path / TENSOR_FILE}'.")
+    mixtures = coefficients if facts["format_version"] == _MIXTURES else None
     own = {name: tensor for name, tensor in tensors.items() if not name.startswith(COMMON)}
     common = None
     if "common" in facts:
@@ -204,14 +217,10 @@ def read_pool(
         made = RandomAdapters(facts["num_adapters"], facts["bottleneck_size"], facts["seed"], wanted)
         found = made.fingerprint
     else:
-        found = _assembled(where, facts, own, facts["fingerprint"]).fingerprint
-        made = _held(facts, own, wanted)
+        found = replace(_assembled(where, facts, own, facts["fingerprint"]), coefficients=mixtures).fingerprint
+        made = replace(_held(facts, own, wanted), coefficients=mixtures)
     _check_fingerprint(where, facts["fingerprint"], found if common is None else fingerprint_of(found))
-    if coefficients is None:
-        return made, common, None
-    if not coefficients.isfinite().all():
-        raise FileFormatError(f"Expected finite numbers in '{COEFFICIENTS}' of '{folder.path / TENSOR_FILE}'.")
-    return made, common, Fitting(facts["fitting"], coefficients)
+    return made, common, None if coefficients is None else Fitting(facts["fitting"], coefficients)
 
 
 def _check_inside(where: Path, facts: Mapping[str, Any]) -> None:
@@ -306,7 +315,7 @@ def _read_checked(path: Path, where: Path, facts: Mapping[str, Any], dtype: torc
 def _expected_forms(facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     forms = {} if facts["kind"] == "random" else _forms_of(facts, dtype)
     if "common" in facts:
-        of_common = _forms_of({**facts["common"], "num_adapters": 1}, dtype)
+        of_common = _forms_of({**facts["common"], "num_adapters": 1}, dtype)  # it has no version: never mixtures
         forms.update({f"{COMMON}{name}": form for name, form in of_common.items()})
     if "fitting" in facts:
         forms[COEFFICIENTS] = ((facts["num_adapters"], facts["fitting"]["principal"]), torch.float32)
@@ -314,7 +323,8 @@ def _expected_forms(facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, t
 
 
 def _forms_of(facts: Mapping[str, Any], dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    n, b = facts["num_adapters"], facts["bottleneck_size"]
+    n = facts["fitting"]["principal"] if facts.get("format_version") == _MIXTURES else facts["num_adapters"]
+    b = facts["bottleneck_size"]
     forms: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     for site in facts["sites"]:
         name, d_in, d_out = site["name"], site["in_features"], site["out_features"]

@@ -120,6 +120,8 @@ class TrainedAdapters:
         norms: 2-norm of each tensor when the pool was created, before any cast, to six digits.
         identity: equal only for equal tensors.
         mask_weighting: of masks over them: ``"mean"``, or ``"signed"`` for deviations from a common adapter.
+        coefficients: float32 ``[N, K]``, of adapters that are mixtures: ``sites`` then has K tensors in place of N, and
+            adapter n is ``sum_k coefficients[n, k] sites[k]``. None: ``sites`` has the adapters themselves.
     """
 
     kind: str
@@ -131,13 +133,14 @@ class TrainedAdapters:
     norms: tuple[float, ...]
     identity: Hashable
     mask_weighting: str = "mean"
+    coefficients: Tensor | None = None
 
     seed = None
 
     @property
     def num_adapters(self) -> int:
         """N."""
-        return int(self._first.down.shape[0])
+        return int((self._first.down if self.coefficients is None else self.coefficients).shape[0])
 
     @property
     def bottleneck_size(self) -> int:
@@ -157,7 +160,8 @@ class TrainedAdapters:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for site in self.sites.values() for _, tensor in site.parts())
+        own = 0 if self.coefficients is None else self.coefficients.nbytes
+        return own + sum(tensor.nbytes for site in self.sites.values() for _, tensor in site.parts())
 
     @property
     def _first(self) -> SiteTensors:
@@ -167,9 +171,15 @@ class TrainedAdapters:
     def fingerprint(self) -> str:
         """Of how the adapters are applied, site names, shapes, the sign bits of all values, and the norms.
 
-        Signs detect other adapters and norms another scale; a cast changes neither.
+        Signs detect other adapters and norms another scale; a cast changes neither. Coefficients are never cast, so all
+        of their bits count.
         """
         parts = [f"{self.kind} {self.insertion_form} {self.activation} {self.layer_norm} {self.norms}".encode()]
+        if self.coefficients is not None:
+            parts += [
+                f"coefficients {tuple(self.coefficients.shape)}".encode(),
+                self.coefficients.cpu().numpy().tobytes(),
+            ]
         for name, tensor in self.tensors():
             parts += [f"{name} {tuple(tensor.shape)}".encode(), sample_signs(tensor, limit=None)]
         return digest_of(parts)
@@ -202,9 +212,12 @@ class TrainedAdapters:
                     found=(site.in_features, site.out_features),
                 )
         return [
-            PoolSlice(there.down, there.up, there.down_bias, there.up_bias, origin=(self.identity, partner))
+            PoolSlice(
+                there.down, there.up, there.down_bias, there.up_bias, coefficients=self.coefficients,
+                origin=(self.identity, partner),
+            )
             for partner, there in ((partner, self.sites[partner]) for partner in partners)
-        ]
+        ]  # fmt: skip
 
 
 def norm_of(tensors: Iterable[Tensor]) -> float:

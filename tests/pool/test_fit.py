@@ -8,18 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_xmask import AdapterPool, BottleneckConfig, XPEFTConfig
 from peft_xmask.core.masks import hard_mask
 from peft_xmask.errors import ConfigError, FileFormatError
+from peft_xmask.pool import PoolSlice
+from peft_xmask.pool.common import remade
 from peft_xmask.pool.directions import mixing_coefficients, principal_directions
+from peft_xmask.pool.storage import write_pool
+from peft_xmask.pool.trained import SiteTensors
 
 SCRIPT = Path(__file__).with_name("fitted.py")
 spec = importlib.util.spec_from_file_location("fitted", SCRIPT)
@@ -179,16 +185,65 @@ def test_what_it_was_fitted_to_is_saved_and_on_the_card(found, saved):
         assert line in card
 
 
+def test_the_file_has_the_principal_directions_not_their_mixtures(found, saved, tmp_path):
+    """However many directions a pool has: of 100 times the size, only the coefficients grow."""
+    larger = fitted.fit(tmp_path / "larger", size=2400).pool
+    larger.save_pretrained(tmp_path / "large")
+    tensors = load_file(saved / "pool.safetensors")
+    assert {len(tensor) for name, tensor in tensors.items() if not name.startswith(("common", "prior"))} == {3}
+    sizes = [(folder / "pool.safetensors").stat().st_size for folder in (saved, tmp_path / "large")]
+    assert sizes[1] - sizes[0] < 4 * 3 * 2376 + 100
+    model = get_peft_model(fitted.base(), XPEFTConfig(pool=larger, task_type="SEQ_CLS"))
+    held = sum(
+        buffer.nbytes for name, buffer in model.named_buffers() if ".pool." in name and "coefficients" not in name
+    )
+    assert held == 4 * found.pool.common.adapter.nbytes
+
+
+def test_a_pool_that_was_saved_with_all_of_its_directions_loads(found, tmp_path):
+    """As format version 3 did."""
+    pool = found.pool
+    by = pool.fitting.coefficients
+    sites = {
+        name: SiteTensors(
+            **{part: (by @ tensor.flatten(1)).unflatten(1, tensor.shape[1:]) for part, tensor in site.parts()}
+        )
+        for name, site in pool._adapters.sites.items()
+    }
+    dense = remade(pool._adapters, sites, pool._adapters.sources, mask_weighting="signed")
+    write_pool(tmp_path, replace(dense, coefficients=None), pool.common, pool.fitting)
+    assert json.loads((tmp_path / "pool.json").read_text())["format_version"] == 3
+    again = AdapterPool.from_pretrained(tmp_path)
+    answers = []
+    for each in (pool, again):
+        model = get_peft_model(fitted.base(), XPEFTConfig(pool=each, num_profiles=3, task_type="SEQ_CLS"))
+        with torch.no_grad():
+            model.base_model.table.xpeft_logits["default"].weight.normal_(generator=torch.Generator().manual_seed(0))
+        answers.append(logits(model, adapter_names=torch.arange(3)))
+    torch.testing.assert_close(*answers, atol=1e-5, rtol=1e-5)
+
+
+def test_a_cast_model_starts_at_the_common_part(found):
+    """Coefficients that are rounded would not cancel."""
+    model = get_peft_model(fitted.base(), XPEFTConfig(pool=found.pool, num_profiles=3, task_type="SEQ_CLS")).bfloat16()
+    part = next(
+        module for module in model.modules() if isinstance(module, PoolSlice) and module.coefficients is not None
+    )
+    assert (part.coefficients.dtype, part.down.dtype) == (torch.float32, torch.bfloat16)
+    common = logits(model, adapter_names=torch.full((3,), -1))
+    torch.testing.assert_close(logits(model, adapter_names=torch.arange(3)), common, atol=1e-5, rtol=1e-5)
+
+
 def test_damage_is_refused(saved, edit_json):
     fitting = json.loads((saved / "pool.json").read_text())["fitting"]
     edit_json(saved / "pool.json", fitting={**fitting, "principal": 2})
-    with pytest.raises(FileFormatError, match="prior/coefficients"):
+    with pytest.raises(FileFormatError, match=r"to be \(\(2, 4, 16\), .* found \(\(3, 4, 16\)"):
         AdapterPool.from_pretrained(saved)
     edit_json(saved / "pool.json", fitting={})
     with pytest.raises(FileFormatError, match="principal"):
         AdapterPool.from_pretrained(saved)
     edit_json(saved / "pool.json", fitting=..., format_version=2)
-    with pytest.raises(FileFormatError, match="prior/coefficients"):
+    with pytest.raises(FileFormatError, match=r"to be \(\(24, 4, 16\), .* found \(\(3, 4, 16\)"):
         AdapterPool.from_pretrained(saved)
 
 

@@ -59,6 +59,8 @@ class RowMasks:
         up = self.mask[:, 1, site.index] * gain
         if pool.common_inside:
             down = down * gain
+        if pool.coefficients is not None:
+            down, up = mix(down, pool.coefficients), mix(up, pool.coefficients)
         pair = AdapterPair(
             down=mix(down, pool.down),
             up=mix(up, pool.up),
