@@ -96,14 +96,6 @@ class PoolSlice(nn.Module):
         common = 0 if self.common is None or self.common_inside else self.common.nbytes
         return sum(part[0].nbytes for part in parts) + common
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PoolSlice:
-        """Move or cast the adapters. Coefficients are moved only: rounded ones would not cancel where masks start."""
-        kept = self.coefficients
-        super()._apply(fn, recurse)
-        if kept is not None:
-            self.coefficients = kept.to(self.down.device)
-        return self
-
     def __deepcopy__(self, memo: dict[int, Any]) -> PoolSlice:
         """Share the tensors: a frozen pool is held once, however often a model is copied."""
         twin = PoolSlice(
@@ -117,17 +109,17 @@ class PoolSlice(nn.Module):
         """Move or cast the tensors, and nothing else: ``to_empty`` would leave memory without values.
 
         A model on the meta device gets its memory in that way, but a pool is never there, and no checkpoint holds it.
+        Coefficients are not cast: rounded ones would not cancel in the mask that profiles start from.
         """
         if self.common is not None:
             self.common._apply(fn, recurse)
         for name, tensor in self._buffers.items():
-            if tensor is not None:
-                like = fn(tensor.new_empty(0))
-                if (like.device, like.dtype) == (tensor.device, tensor.dtype):
-                    made = fn(tensor) if tensor.is_shared() or like.is_shared() else tensor
-                    self._buffers[name] = made if made is tensor else tensor
-                else:
-                    self._buffers[name] = tensor.to(like.device, like.dtype)
+            if tensor is None:
+                continue
+            like = fn(tensor.new_empty(0))
+            dtype = tensor.dtype if name == "coefficients" else like.dtype
+            moved = tensor.to(like.device, dtype)  # itself, if both are the same
+            self._buffers[name] = moved.share_memory_() if like.is_shared() else moved
         return self
 
     def extra_repr(self) -> str:
