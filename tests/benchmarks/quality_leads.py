@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from quality_fitted import common_alone, fitted
+from quality_fitted import common_alone, fitted, random_around
 from quality_method import k_hot, xpeft, xpeft_of
 from quality_pools import ADAPTERS, SITES, cut_adapters, home_made, principal_adapters, trained_adapters, trained_loras
 
@@ -160,8 +160,15 @@ LEADS = {
     "fitted": {
         "common part of the fitted pool": xpeft_of(fitted, 392, payload=0, search=False, prepare=common_alone),
         "fitted pool, 392": xpeft_of(fitted, 392, search=False),
-        "fitted pool, 392, rate 0.3": xpeft_of(fitted, 392, start=0.3, search=False),
+        "fitted pool, 392, of 21 groups": xpeft_of(fitted, 392, "intents", search=False),
+        "random pool 392 x 12 around its common part": xpeft_of(random_around, 392, 12, search=False),
         "fitted pool, 392, gain 3": xpeft_of(fitted, 392, scale=3.0, search=False),
+    },
+    "merged": {  # for tasks on the base with the merged LoRA
+        "common part of a pool fitted there": xpeft_of(
+            fitted, 392, "domains", True, payload=0, search=False, prepare=common_alone
+        ),
+        "pool fitted there, 392": xpeft_of(fitted, 392, "domains", True, search=False),
     },
     "pool": {
         "uniform pool": xpeft_of(home_made, "uniform", mask_weighting="variance", scale=0.3, search=False),

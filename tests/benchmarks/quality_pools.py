@@ -121,10 +121,16 @@ def directions(weight, bias, name):
     return {name: rows[:, : weight[0].numel()].view_as(weight), f"{name}_bias": rows[:, weight[0].numel() :]}
 
 
-def sites_of(pool):
-    """Tensors of a kept pool, of all its adapters: by the module's name, from "layer" on, and the part's."""
+def sites_of(pool, common=False):
+    """Tensors of a kept pool, of all its adapters: by the module's name, from "layer" on, and the part's.
+
+    Those of its common adapter, if ``common``.
+    """
     sites = {}
-    for name, tensor in load_file(Path(pool.name_or_path) / "pool.safetensors").items():
+    tensors = load_file(Path(pool.name_or_path) / "pool.safetensors")
+    for name, tensor in tensors.items():
+        if name.startswith("common/") != common:
+            continue
         site, part = name.rsplit(".", 1)
         sites.setdefault(site[site.index("layer.") :], {})[part] = tensor
     return sites
