@@ -21,7 +21,7 @@ BESIDE = {"integrations": "training", "reference": "tuners"}
 TUNER_WINGS = ("xpeft", "bottleneck", "magnitude_mask", "weight_adapter")
 """The methods: none imports another."""
 
-DOORS = {("pool", "pool"): {("training", "fit_pool")}}
+DOORS = {("pool", "pool"): {("training", "fit_pool")}, ("bank", "bank"): {("training", "learn")}}
 """Modules that may, inside a function, import a module above: a method whose work is done there."""
 
 FACE = ("", "profiles", "__main__")

@@ -19,7 +19,7 @@ from ..tuners.xpeft.table import find_table
 from .bake import BakedLora, LoraBaker
 from .compatibility import check_alike
 from .merging import without_twins, write_merged
-from .names import as_names
+from .names import as_name, as_names
 from .profile import Profile
 from .rows import BankRows
 from .serving import put_in_place, serve, served_content
@@ -131,6 +131,29 @@ class ProfileBank(BankRows):
             check_alike(self, other)
             profile = other[next(iter(other))]
         self.put(name, profile)
+
+    def learn(
+        self, model: nn.Module, name: str | int, examples: Sequence[Mapping[str, Any]], settings: Any = None, **how: Any
+    ) -> Profile:
+        """Learn a profile from a few examples and enter it, in place of one of the same name.
+
+        The method of :func:`peft_xmask.learn_profile`: the model is not modified, and serves the profile after
+        :meth:`replace`.
+
+        Args:
+            model: the base, or a model that serves this bank.
+            name: of the profile.
+            examples: tokenised, with labels.
+            settings: a :class:`peft_xmask.ProfileLearning`; None: the defaults.
+            how: ``processing_class`` or ``data_collator``, which make a batch of the examples.
+
+        Raises:
+            ConfigError: an invalid name, no examples, or labels whose loss is not known.
+            BaseMismatchError, PoolMismatchError: the bank belongs to another base or pool.
+        """
+        from ..training.learn import learn_profile  # the one import that points up: learning needs a training loop
+
+        return learn_profile(model, self, as_name(name), examples, settings, **how)
 
     def select(self, names: Iterable[str | int]) -> ProfileBank:
         """A bank of some of the profiles, in this order.

@@ -56,6 +56,16 @@ def test_a_person_is_learnt_and_the_others_stay(bank, label):
     assert torch.equal(answers(served, "bob"), before)
 
 
+def test_a_bank_learns_by_name_what_learn_profile_learns(bank):
+    mine, by_function = bank.select(bank), bank.select(bank)
+    served = bank.attach(taught.base())
+    found = mine.learn(served, 7, labelled(2, 10), LEARNING)
+    assert mine["7"] == found == learn_profile(served, by_function, "7", labelled(2, 10), LEARNING)
+    with pytest.raises(ConfigError, match="at least one example"):
+        mine.learn(served, "nobody", [])
+    assert "nobody" not in mine
+
+
 def test_the_same_examples_give_the_same_profile(bank):
     served = bank.attach(taught.base())
     first = learn_profile(served, bank.select(bank), "new", labelled(1, 10), LEARNING)
