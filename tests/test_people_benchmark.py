@@ -47,6 +47,30 @@ def test_scores_of_many_people_are_those_of_the_layer_norm(bench):
         torch.testing.assert_close(none[person, slot], tail.base[text], rtol=1e-4, atol=1e-4)
 
 
+def test_one_pass_knows_how_scores_change_with_a_mask(bench):
+    import people_methods
+    import people_pass
+
+    _, tail = bench
+    made = people_pass.PassFeatures(tail, people_methods.random_pool(16, 3, 0), 0)
+    batch = tail.gather(torch.tensor([[0, 1, 2]]), "output")
+    r = torch.relu(batch["read"] @ made.down.T)
+    up = 1e-3 * made.pool.up[5:6]
+    after, before = tail.scores(batch, r, up, (1.0, -1.0))
+    torch.testing.assert_close((after - before)[0] / 2e-3, made.features[:, 5], rtol=1e-2, atol=1e-3)
+
+
+def test_one_pass_goes_nowhere_on_labels_that_contradict_each_other(bench):
+    import people_pass
+
+    one = torch.tensor([1.0, -1.0, 2.0, -2.0])
+    agreeing, against = (torch.stack([one, sign * one]) for sign in (1, -1))
+    mask, gains = people_pass.one_pass([(part, torch.ones(2)) for part in (agreeing, against)], 0, random=False)
+    assert mask[0].tolist() == [-0.5, 0.5, -0.5, 0.5]
+    assert gains[10][0] == pytest.approx(2 * 3 / (2 * 9 + 10))
+    assert gains[10][1] == 0
+
+
 def test_masks_from_zero_add_nothing_before_a_bit_flips(bench):
     import people_methods
 

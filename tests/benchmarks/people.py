@@ -18,12 +18,16 @@ import torch
 from people_common import constant, fit
 from people_data import MOST, SETS, load, split
 from people_methods import averaged, fit_offsets, offset_payload, padded, predict, texts_of, train
+from people_pass import PRECISIONS, PassFeatures, gradients, one_pass, one_step
 from people_prior import Directions, Said, fitted, mask_payload, masks, numbers
 from people_report import ALL, COLUMNS, TRIED, Lines, markdown, show
 from people_rows import DIRECTIONS, OFFSET_ROWS, PRIORS, ROWS, VARIANCES
 from people_tail import Head, Tail, logits
 from safetensors.torch import load_file, save_file
 from timing import print_json
+
+from peft_xmask.core.masks import mix
+from peft_xmask.core.packing import packed_size
 
 CHUNK = 8  # people trained side by side
 
@@ -117,7 +121,13 @@ class Bench:
             else:
                 spread = torch.full((size,), variance)
             told = Said.of(kind, tail, ways, said)
-            offsets, own = masks(told, priors, spread, row.few, self.seed) if row.few else numbers(told, priors, spread)
+            if row.few:
+                offsets, own = masks(told, priors, spread, row.few, self.seed)
+            elif row.once is not None:
+                offsets = self.offsets(part, count, True, priors)
+                own = one_step(told, offsets, priors, spread)
+            else:
+                offsets, own = numbers(told, priors, spread)
             payload = mask_payload(row.few) if row.few else 2 * size
             if part == "tune":
                 test = Said.of(kind, tail, ways, tested)
@@ -140,6 +150,29 @@ class Bench:
             adapter = Fixed(batch["read"] @ ways.down.T + ways.bias, ways.up(own[now]))
             found.append(averaged(kind, predict(tail, kind, batch, adapter, offsets[now])[0], test))
         return torch.cat(found)
+
+    def pass_line(self, row, part, count):
+        """Masks from one pass over the labels, at each precision of the gain's prior."""
+        tail, kind = self.tail(part, True), self.people.kind
+        said, tested = self.persons(part, count)
+        offsets = self.offsets(part, count, True, self.lines.priors(row, self.seed))
+        below = self.plain(tail, tested, offsets)
+        if ("pass", part) not in self.made:
+            self.made["pass", part] = PassFeatures(tail, row.pool(self, part), self.seed)
+        made = self.made["pass", part]
+        mask, gains = one_pass(gradients(kind, tail, made.features, said, offsets), self.seed, row.once)
+        grid = {"0/0": cell(below, below)}
+        for precision in PRECISIONS:
+            found = []
+            for at in range(0, len(tested), CHUNK):
+                now = slice(at, at + CHUNK)
+                test = padded(tested[now])
+                batch = tail.gather(texts_of(kind, test[0], test[1]), "output")
+                up = mix(mask[now] * gains[precision][now, None], made.pool.up)
+                adapter = Fixed(torch.relu(batch["read"] @ made.down.T), up)
+                found.append(averaged(kind, predict(tail, kind, batch, adapter, offsets[now])[0], test))
+            grid[f"precision {precision}"] = cell(torch.cat(found), below)
+        return grid, packed_size(mask.shape[1]) + 2, 0.0
 
     def line(self, row, part, count, rate):
         tail, kind = self.tail(part, row.common), self.people.kind
@@ -168,6 +201,8 @@ class Bench:
             grid, payload, _ = self.offset_line(row, part, count)
         elif row.few is not None:
             grid, payload, _ = self.prior_line(name, row, part, count)
+        elif row.once is not None:
+            grid, payload, _ = self.pass_line(row, part, count)
         else:
             grid, payload, _ = self.line(row, part, count, rate)
         self.lines.keep(

@@ -25,6 +25,8 @@ class Row:
         rates: learning rates of which people who are not held out choose one.
         few: of a row with few directions and a prior, adapters of the pool, or 0: real numbers instead of masks.
         fit: whether each direction has its own variance, fitted to people.
+        once: of a row that is computed in one pass over the labels: whether its masks are drawn instead of chosen, or,
+            of few directions, False.
     """
 
     common: bool | None = True
@@ -35,6 +37,7 @@ class Row:
     rates: tuple[float, ...] = (0.0,)
     few: int | None = None
     fit: bool = False
+    once: bool | None = None
 
 
 def masks(number, width, rates=(0.1,), zero=True, reads=WIDTH, **layers):
@@ -43,6 +46,14 @@ def masks(number, width, rates=(0.1,), zero=True, reads=WIDTH, **layers):
         pool=lambda bench, part: random_pool(number, width, bench.seed, reads),
         rates=rates,
         **layers,
+    )
+
+
+def once(number, width, random):
+    return Row(
+        pool=lambda bench, part: random_pool(number, width, bench.seed),
+        rates=(1.0,),  # none: the prior of the gain is chosen, as others choose a rate
+        once=random,
     )
 
 
@@ -79,10 +90,16 @@ FEW = {
     "common + offset, slope + few masks, 104 adapters": Row(few=104),
     "common + offset, slope + few masks, 104 adapters, fitted": Row(few=104, fit=True),
     "common + offset, slope + few numbers": Row(few=0),
+    "common + offset, slope + few numbers, one step": Row(few=0, once=False),
+}
+ONE_PASS = {
+    f"{OWN}masks 104 x 12, one pass": once(104, 12, random=False),
+    f"{OWN}random masks 104 x 12, gain in one pass": once(104, 12, random=True),
 }
 ROWS = {
     **OFFSETS,
     **FEW,
+    **ONE_PASS,
     f"{OWN}masks 104 x 12": masks(104, 12, zero=False),
     f"{OWN}masks 104 x 12 from zero": masks(104, 12),
     f"{OWN}masks 248 x 12 from zero": masks(248, 12),

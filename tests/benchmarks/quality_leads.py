@@ -121,6 +121,10 @@ LEADS = {
         "signs, 100 x 8": xpeft(100, 8, search=False),
         "signs, 100 x 4, rate 0.3": xpeft(100, 4, start=0.3, search=False),
     },
+    "last": {
+        "signs, 100 x 12, last third": xpeft(100, 12, layers_to_transform=[4, 5], search=False),
+        "signs, 300 x 12, last third": xpeft(300, 12, layers_to_transform=[4, 5], search=False),
+    },
     "chosen": {
         "k = N/4": k_hot(top_k=25, search=False),
         "k = N/10": k_hot(top_k=10, search=False),
