@@ -199,11 +199,16 @@ def combined(own: Tensor, delta: Tensor) -> Tensor:
 
 
 def _is_sharded(parameter: Tensor) -> bool:
-    """Whether a process holds a part of a parameter only, or, in a forward pass, a view of what it gathered."""
+    """Whether a process holds a part of a parameter only, or, in a forward pass, a view of what it gathered.
+
+    One process alone has the whole of it, also inside FSDP1.
+    """
+    distributed = torch.distributed
+    several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if isinstance(parameter, nn.Parameter):
-        marks = ("full_tensor", "_fsdp_flattened", "ds_id")  # FSDP2's DTensor, FSDP1, ZeRO-3
-        return any(hasattr(parameter, mark) for mark in marks)
-    return parameter._is_view()
+        marks = ("_fsdp_flattened", "ds_id") if several else ()  # FSDP1, ZeRO-3
+        return any(hasattr(parameter, mark) for mark in ("full_tensor", *marks))  # FSDP2's DTensor has the first
+    return several and parameter._is_view()
 
 
 def _bits(numbers: Tensor) -> Tensor:
