@@ -151,7 +151,7 @@ class ProfileBank(BankRows):
             ConfigError: an invalid name, no examples, or labels whose loss is not known.
             BaseMismatchError, PoolMismatchError: the bank belongs to another base or pool.
         """
-        from ..training.learn import learn_profile  # the one import that points up: learning needs a training loop
+        from ..training.learn import learn_profile  # points up on purpose: learning needs a training loop
 
         return learn_profile(model, self, as_name(name), examples, settings, **how)
 

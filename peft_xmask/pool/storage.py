@@ -45,7 +45,7 @@ FILENAMES = (JSON_FILE, TENSOR_FILE)
 
 FORMAT = "peft_xmask.pool"
 FORMAT_VERSIONS = (1, 2, 3, 4)
-"""2: with a common part; 3: with one, and fitted; 4: fitted, as mixtures, which is how fitted pools are written now."""
+"""2: with a common part; 3: with one, and fitted; 4: fitted, as coefficients on principal directions."""
 _FITTED = (3, 4)
 _MIXTURES = 4
 

@@ -17,7 +17,7 @@ def named_parameters_of(model: nn.Module, names: Sequence[str]) -> dict[str, tup
     A name matches as in PEFT: the parameter's full name, or the end of it behind a dot.
 
     Raises:
-        TargetError: a name matches nothing, or a parameter that cannot be adapted by name.
+        TargetError: a name matches no parameter, or one that this method cannot adapt.
     """
     found: dict[str, tuple[nn.Module, list[str]]] = {}
     missing = set(names)
