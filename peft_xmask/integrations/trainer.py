@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ class XPEFTCallback(RecordCallback):
         done = state.global_step / max(1, state.max_steps)
         table = find_table(kwargs["model"])
         for masks in trained_adapters(table):
-            masks.temperature = start * math.exp(done * math.log(end / start))
+            masks.form = replace(masks.form, temperature=start * math.exp(done * math.log(end / start)))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add mask statistics to what is logged."""
@@ -112,7 +113,7 @@ class XPEFTCallback(RecordCallback):
         tensors, notes = {}, {}
         for masks in trained_adapters(table):
             tensors.update({f"{masks.name}.{part}": gathered(it) for part, it in masks.trained_state().items()})
-            notes[masks.name] = {"logit_scale": masks.logit_scale, "temperature": masks.temperature}
+            notes[masks.name] = {"logit_scale": masks.form.logit_scale, "temperature": masks.form.temperature}
         if not args.should_save:  # as the Trainer's own files: by one process, though all have gathered
             return
         metadata = {"global_step": str(state.global_step), "adapters": json.dumps(notes)}
@@ -140,8 +141,9 @@ class XPEFTCallback(RecordCallback):
     def _statistics(self, masks: AdapterMasks) -> dict[str, float]:
         spec, state = masks.spec, masks.trained_state()
         with torch.no_grad():
-            logits = gathered(state["logits"]).float().unflatten(1, spec.logits_shape[1:])
-            soft = torch.softmax(logits * (masks.logit_scale / masks.temperature), dim=-1)
+            weight = gathered(state["logits"])
+            logits = masks.form.logits(weight)
+            soft = torch.softmax(logits * (masks.form.logit_scale / masks.form.temperature), dim=-1)
             entropy = -(soft * soft.clamp_min(1e-30).log()).sum(-1).mean() / max(math.log(spec.num_adapters), 1e-30)
             found = {"mask_entropy": round(float(entropy), 4)}
             if spec.mask_type == "hard":
@@ -151,7 +153,7 @@ class XPEFTCallback(RecordCallback):
                     found["mask_churn"] = round(float((chosen & ~before).sum() / chosen.sum()), 4)
                 self._last_choice[masks.name] = chosen
             if "gain" in state:
-                _, gain_bits = masks.pack(logits.flatten(1), state["gain"])
+                _, gain_bits = masks.form.pack(weight, state["gain"])
                 found["mask_gain"] = round(float(gain_bits.view(torch.float16).float().mean()), 4)
         return found
 
@@ -180,5 +182,6 @@ def _put_back(table: MaskTable, tensors: dict[str, Tensor], metadata: dict[str, 
         with torch.no_grad():
             for weight, stored in checked:
                 weight.copy_(sharded_as(weight, stored))
-        masks.logit_scale, masks.temperature = notes[name]["logit_scale"], notes[name]["temperature"]
+        noted = {key: notes[name][key] for key in ("logit_scale", "temperature")}
+        masks.form = replace(masks.form, **noted)
         masks.rebuilt = False

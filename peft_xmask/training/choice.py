@@ -81,14 +81,18 @@ def choose_layers(
         chosen = chosen & (evaluator.losses(profiles.model) <= of_last)
     bits, gain_bits = _merged(chosen, (best.bits, best.gain_bits), last)
     profiles.load((bits, gain_bits))
-    losses, shared = evaluator.losses(profiles.model), evaluator.losses(profiles.model, shared=True)
-    if gain_bits is not None:
+    shared = evaluator.losses(profiles.model, shared=True)
+    if gain_bits is None:
+        losses = evaluator.losses(profiles.model)
+    else:
         gains = unpack_halves(gain_bits)
-        by_strength = []
-        for factor in STRENGTHS:
+
+        def at(factor: float) -> Tensor:
             profiles.load((bits, pack_halves(gains * factor)))
-            by_strength.append(evaluator.losses(profiles.model))
-        below = by_strength[0]
+            return evaluator.losses(profiles.model)
+
+        below = at(0.0) if offset else shared  # a gain of 0 leaves what all share, and the offset
+        by_strength = [below, *(at(factor) for factor in STRENGTHS[1:])]
         strength, losses = _strengths(torch.stack(by_strength), counts, evaluator.counts)
         own = _decides(evaluator.counts)
         strength[own & ~(losses < torch.minimum(below, shared))] = 0

@@ -2,13 +2,15 @@
 
 ``personalize`` makes a bank of half of the people of a set, over a random pool or over one fitted to them; the people
 held out are then taught one by one with ``LivePredictor.learn``, as ``peft-xmask serve --live`` does, from their oldest
-5 or 20 labels, and tested on the last 30 %. Over the fitted pool, several strengths of the prior are tried. Beside it
-stand the common part and the person's offset alone. Lines are kept in results/people-new.jsonl and not measured again;
+5, 20 or 100 labels (or all they have before the last 30 %), and tested on the last 30 %. Over the fitted pool, several
+strengths of the prior are tried. Beside it stand the common part, the person's offset alone, and as a control the
+offset with the mask of the person taught before. Lines are kept in results/people-new.jsonl and not measured again;
 ``--redraw`` only prints them.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -33,8 +35,9 @@ from peft_xmask.training.learn import ProfileLearning
 PATH = RESULTS / "people-new.jsonl"
 TASKS = {"irony": ("classification", "nats"), "films": ("regression", "absolute error")}
 MOST, TESTED, VALIDATION = 100, 40, 10  # labels of one person; every tenth one of the bank's people is for validation
-COUNTS, STRENGTHS = (5, 20), (0.0, 1.0, 3.0, 10.0)
+COUNTS, STRENGTHS = (5, 20, MOST), (0.0, 1.0, 3.0, 10.0)
 HELD = 32
+OTHER = "change by another's mask"
 WAYS = [("random", 3.0), *(("fit", strength) for strength in STRENGTHS)]
 
 
@@ -99,22 +102,24 @@ def figures(predictor, name, tests):
     return [-math.log(each.scores[label]) for each, (_, label) in zip(answers, tests, strict=True)]
 
 
-def measure(people, seed, pool, strengths, kept):
-    """Teach everybody who is held out."""
+def measure(people, seed, pool, missing, kept):
+    """Teach everybody who is held out, at the strengths and from the numbers of labels that are missing."""
     with tempfile.TemporaryDirectory() as folder:
         live = bank_of(people, seed, pool, folder)
-        for strength in strengths:
+        for strength, counts in missing.items():
+            if not counts:
+                continue
             learning = ProfileLearning(prior_strength=strength)
             predictor = LivePredictor.open(live, minilm(), learning=learning)
-            for count in COUNTS:
+            for count in counts:
                 line = taught(predictor, people, seed, count)
                 key = {"set": people.name, "seed": seed, "pool": pool, "strength": strength, "labels": count}
                 keep(kept, key | line)
 
 
 def taught(predictor, people, seed, count):
-    common, offset, mask, kept, start = [], [], [], 0, time.process_time()
-    learning = 0.0
+    common, offset, mask, other, kept, start = [], [], [], [], 0, time.process_time()
+    learning, before = 0.0, None
     for number in split(people, seed).held[:HELD]:
         person = people.persons[number]
         common.append(statistics.mean(figures(predictor, None, person.test)))
@@ -126,12 +131,17 @@ def taught(predictor, people, seed, count):
         kept += not torch.equal(off.gain_bits, profile.gain_bits)
         predictor.live.put("new", off)
         offset.append(statistics.mean(figures(predictor, "new", person.test)))
+        if before is not None:
+            predictor.live.put("new", dataclasses.replace(before, offset_bits=profile.offset_bits))
+            other.append(statistics.mean(figures(predictor, "new", person.test)) - offset[-1])
+        before = profile
     changes = torch.tensor(mask) - torch.tensor(offset)
     return {
         "people": len(common), "with a mask": kept, "payload_bytes": profile.nbytes,
         "common": round(statistics.mean(common), 4), "offset": round(statistics.mean(offset), 4),
         "mask": round(statistics.mean(mask), 4), "change": round(float(changes.mean()), 5),
         "error": round(float(changes.std()) / len(changes) ** 0.5, 5),
+        OTHER: round(statistics.mean(other), 5),
         "seconds_each": round(learning / len(common), 2), "seconds": round(time.process_time() - start, 1),
     }  # fmt: skip
 
@@ -143,22 +153,20 @@ def keep(kept, line):
     print(line, flush=True)
 
 
+def spread(values):
+    """Mean over seeds (lowest to highest)."""
+    return f"{statistics.mean(values):+.4f} ({min(values):+.4f} to {max(values):+.4f})"
+
+
 def table_of(kept, name):
-    """Rows of a table: pool, strength, and for each number of labels the layers and what the mask changes."""
-    for pool, strength in WAYS:
-        row = [pool if pool == "random" else f"fitted, prior {strength:g}"]
-        for count in COUNTS:
-            found = [
-                line for line in kept
-                if (line["set"], line["pool"], line["strength"], line["labels"]) == (name, pool, strength, count)
-            ]  # fmt: skip
-            if not found:
-                row += ["", "", ""]
-                continue
-            changes = [line["change"] for line in found]
-            row += [f"{statistics.mean(line[layer] for line in found):.3f}" for layer in ("common", "offset")]
-            row.append(f"{statistics.mean(changes):+.4f} ({min(changes):+.4f} to {max(changes):+.4f})")
-        yield row
+    """Rows of a table: pool, number of labels, the layers below, and what masks change."""
+    for (pool, strength), count in itertools.product(WAYS, COUNTS):
+        wanted = (name, pool, strength, count)
+        found = [line for line in kept if (line["set"], line["pool"], line["strength"], line["labels"]) == wanted]
+        if found:
+            layers = [f"{statistics.mean(line[layer] for line in found):.3f}" for layer in ("common", "offset")]
+            changes = [spread([line[change] for line in found]) for change in ("change", OTHER)]
+            yield "random" if pool == "random" else f"fitted, prior {strength:g}", str(count), *layers, *changes
 
 
 def main():
@@ -175,16 +183,17 @@ def main():
         for seed in () if options.redraw else options.seeds:
             for pool in ("random", "fit"):
                 there = {
-                    line["strength"] for line in kept if (line["set"], line["seed"], line["pool"]) == (name, seed, pool)
-                }
-                missing = [strength for way, strength in WAYS if way == pool and strength not in there]
-                if missing:
+                    (line["strength"], line["labels"])
+                    for line in kept if (line["set"], line["seed"], line["pool"]) == (name, seed, pool)
+                }  # fmt: skip
+                missing = {
+                    strength: [count for count in COUNTS if (strength, count) not in there]
+                    for way, strength in WAYS if way == pool
+                }  # fmt: skip
+                if any(missing.values()):
                     measure(people, seed, pool, missing, kept)
         shown = Table(title=f"{name}: {TASKS[name][1]} of people never seen")
-        for column in (
-            "pool",
-            *(f"{count} labels: {what}" for count in COUNTS for what in ("common", "+ offset", "mask")),
-        ):
+        for column in ("pool", "labels", "common", "+ offset", "+ mask", "+ another's mask"):
             shown.add_column(column)
         for row in table_of(kept, name):
             shown.add_row(*row)

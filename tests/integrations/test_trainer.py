@@ -76,7 +76,7 @@ def test_the_callback_gives_masks_their_own_learning_rate(tiny_bert, tmp_path):
     """With Adam the first step moves every weight by the learning rate, and so a logit by the masks' own."""
     model = get_peft_model(tiny_bert(), xpeft())
     table = model.base_model.table
-    before = table.adapters["default"].logits.weight.detach() * table.adapters["default"].logit_scale
+    before = table.adapters["default"].logits.weight.detach() * table.adapters["default"].form.logit_scale
     trainer = trainer_for(
         model,
         tmp_path,
@@ -87,7 +87,7 @@ def test_the_callback_gives_masks_their_own_learning_rate(tiny_bert, tmp_path):
         adam_epsilon=1e-12,
     )
     trainer.train()
-    after = table.adapters["default"].logits.weight.detach() * table.adapters["default"].logit_scale
+    after = table.adapters["default"].logits.weight.detach() * table.adapters["default"].form.logit_scale
     moved = (after - before).abs()
     assert moved.max() <= 0.3 + 1e-4
     assert moved.median() == pytest.approx(0.3, abs=0.01)
@@ -107,7 +107,7 @@ def test_statistics_are_logged(tiny_bert, tmp_path):
 def test_temperature_is_annealed(tiny_bert, tmp_path):
     model = get_peft_model(tiny_bert(), xpeft(estimator="softmax"))
     trainer_for(model, tmp_path, [XPEFTCallback(temperature=(4.0, 0.25))], max_steps=4).train()
-    assert model.masks("default").temperature == pytest.approx(4.0 * (0.25 / 4.0) ** 0.75)
+    assert model.masks("default").form.temperature == pytest.approx(4.0 * (0.25 / 4.0) ** 0.75)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"mask_type": "soft"}, {"gumbel_noise": 0.5, "estimator": "softmax"}])

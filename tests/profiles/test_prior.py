@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_xmask import Learner, ProfileLearning, XPEFTConfig, train_profiles
-from peft_xmask.core.packing import unpack_halves
+from peft_xmask.core.packing import unpack_bits, unpack_halves
 from peft_xmask.errors import ConfigError
-from peft_xmask.tuners.xpeft.masks import starting_logits
+from peft_xmask.integrations import XPEFTCallback
+from peft_xmask.tuners.xpeft.logits import starting_logits
 from peft_xmask.tuners.xpeft.spec import MaskSpec
 
 SCRIPT = Path(__file__).parents[1] / "pool" / "fitted.py"
@@ -70,6 +71,19 @@ def test_shipped_bytes_come_back_as_the_same_masks(pool):
     shipped = [each.clone() for each in masks.shipped()]
     masks.load(*shipped)
     assert all(torch.equal(again, each) for again, each in zip(masks.shipped(), shipped, strict=True))
+
+
+def test_statistics_are_of_the_masks_that_serve(pool):
+    masks = masks_of(adapted(pool))
+    callback = XPEFTCallback()
+    callback._statistics(masks)
+    before = unpack_bits(masks.shipped()[0], pool.num_adapters)
+    with torch.no_grad():
+        masks.logits.weight.normal_(std=1e-3, generator=torch.Generator().manual_seed(1))
+    after = unpack_bits(masks.shipped()[0], pool.num_adapters)
+    churn = float((after & ~before).sum() / after.sum())
+    assert callback._statistics(masks)["mask_churn"] == pytest.approx(churn, abs=1e-4)
+    assert 0 < churn < 0.3
 
 
 def test_the_prior_is_zero_at_the_common_part_and_that_of_a_group_is_half_k(pool):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,6 +128,10 @@ def step(model: PeftModel, batch) -> None:
     model.eval()
 
 
+def with_temperature(masks, temperature):
+    masks.form = replace(masks.form, temperature=temperature)
+
+
 def load_other(model: PeftModel, folder) -> None:
     set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
@@ -147,7 +152,7 @@ CHANGES = {
     "another temperature": (
         "crowd",
         {"mask_type": "soft"},
-        lambda model, batch, folder: setattr(model.masks("default"), "temperature", 0.2),
+        lambda model, batch, folder: with_temperature(model.masks("default"), 0.2),
     ),
     "half precision": ("served", {}, lambda model, batch, folder: model.to(torch.bfloat16)),
 }

@@ -205,10 +205,9 @@ def _is_sharded(parameter: Tensor) -> bool:
     """
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
-    if isinstance(parameter, nn.Parameter):
-        marks = ("_fsdp_flattened", "ds_id") if several else ()  # FSDP1, ZeRO-3
-        return any(hasattr(parameter, mark) for mark in ("full_tensor", *marks))  # FSDP2's DTensor has the first
-    return several and parameter._is_view()
+    if type(parameter) is nn.Parameter:  # asked at every write: DTensors, FSDP2's parameters, are of another type
+        return several and (hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "ds_id"))  # FSDP1, ZeRO-3
+    return hasattr(parameter, "full_tensor") or (several and parameter._is_view())
 
 
 def _bits(numbers: Tensor) -> Tensor:

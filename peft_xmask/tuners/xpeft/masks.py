@@ -11,41 +11,30 @@ import math
 import threading
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ...core.masks import gain_weight, pick_rows, require, scaled_gain, select_top_k
-from ...core.packing import pack_bits, pack_halves, unpack_bits, unpack_halves
+from ...core.masks import pick_rows, require
+from ...core.packing import unpack_halves
 from ...errors import ConfigError, MaskFormatError, PeftXMaskWarning
 from ...pool.directions import Fitting
-from ..base.state import PackedTensor, TrainableTensor, gathered, lazy_zeros
+from ..base.state import PackedTensor, TrainableTensor, lazy_zeros
 from ..base.steps import count_steps, steps_taken
 from .cache import MixedAdapterCache, same_source
-from .mixing import ActiveAdapters, MixedRows, RowMasks, masks_from_bits, masks_from_logits
+from .logits import LogitForm
+from .mixing import ActiveAdapters, MixedRows, RowMasks, masks_from_bits
 from .passes import ForwardPass, choose_row, chosen_row, number_of, row_in_graph
 from .spec import MaskSpec
 
 BASE = "__base__"
 """The name of row -1, which adds no deviation."""
 
-REBUILT_LOGIT = 0.1
 INIT_STD = 0.01
-START_SPREAD = 1.0
-"""Size of the logits where profiles over a fitted pool start."""
-_BLOCK = 1024  # profiles that are packed at once
+"""Standard deviation of the logits where a single profile over a random pool starts."""
 _LOADING = threading.Lock()
-
-
-def starting_logits(spec: MaskSpec) -> Tensor:
-    """Logits where hard masks over a fitted pool start: the first ``top_k`` adapters are chosen. Shape ``[N]``.
-
-    They fall evenly from ``START_SPREAD`` to minus that, so that bits change one after another. At equal logits the
-    first step of Adam, which moves each by the learning rate, would set all bits at once, by the sign of one gradient.
-    """
-    place = torch.arange(spec.num_adapters, dtype=torch.float32)
-    return (spec.top_k - 0.5 - place) * (2 * START_SPREAD / spec.num_adapters)
 
 
 class Names(Protocol):
@@ -72,6 +61,7 @@ class AdapterMasks:
         fitting: of the pool, if it was fitted: where hard masks start, and the prior of how far they go.
 
     Attributes:
+        form: how what is trained becomes masks and bytes.
         logits, gain: modules with what is trained; None if the adapter, or its gain, is not trained.
         bits, gain_bits: modules with what is shipped.
         offset_bits: a module with half-precision offsets of the outputs, ``[P, 2 * C]``; None without offsets.
@@ -91,10 +81,8 @@ class AdapterMasks:
         gumbel_noise: float,
         fitting: Fitting | None = None,
     ) -> None:
-        self.fitting = fitting
-        self._start = starting_logits(spec) if fitting is not None and spec.mask_type == "hard" else None
-        self.name, self.spec = name, spec
-        self.logit_scale, self.temperature, self.gumbel_noise = logit_scale, temperature, gumbel_noise
+        self.form = LogitForm(name, spec, logit_scale, temperature, fitted=fitting is not None)
+        self.name, self.fitting, self.gumbel_noise = name, fitting, gumbel_noise
         self.names: Names | None = None
         self.rebuilt = False
         self.cache = MixedAdapterCache()
@@ -126,8 +114,8 @@ class AdapterMasks:
         """
         count_steps()
         spec, rows, width = self.spec, self.spec.num_profiles, math.prod(self.spec.logits_shape[1:])
-        random = rows == 1 and self._start is None
-        drawn = torch.randn(1, width) * (INIT_STD / self.logit_scale) if random else lazy_zeros(rows, width)
+        random = rows == 1 and not self.form.has_start
+        drawn = torch.randn(1, width) * (INIT_STD / self.form.logit_scale) if random else lazy_zeros(rows, width)
         self.logits = TrainableTensor(drawn)
         self.bits = PackedTensor(lazy_zeros(*spec.bits_shape, dtype=torch.uint8))
         if spec.learn_gain:
@@ -136,11 +124,16 @@ class AdapterMasks:
 
     def _start_serving(self) -> None:
         spec = self.spec
-        drawn = torch.randn(1, math.prod(spec.logits_shape[1:])) * (INIT_STD / self.logit_scale)
-        bits, gain_bits = self.pack(drawn, torch.zeros(1, spec.num_sites))
+        drawn = torch.randn(1, math.prod(spec.logits_shape[1:])) * (INIT_STD / self.form.logit_scale)
+        bits, gain_bits = self.form.pack(drawn, torch.zeros(1, spec.num_sites))
         self.bits = PackedTensor(bits.repeat(spec.num_profiles, 1, 1, 1))
         if spec.learn_gain:
             self.gain_bits = PackedTensor(gain_bits.repeat(spec.num_profiles, 1, 1))
+
+    @property
+    def spec(self) -> MaskSpec:
+        """What its masks are."""
+        return self.form.spec
 
     @property
     def is_trained(self) -> bool:
@@ -303,7 +296,7 @@ class AdapterMasks:
         stored = [each.weight for each in (self.logits, self.gain, self.bits, self.gain_bits) if each is not None]
         versions = [None if each.is_inference() else each._version for each in stored]
         forms = tuple((version, each.dtype, each.device) for version, each in zip(versions, stored, strict=True))
-        facts = (self.spec, self.temperature, self.logit_scale, forms, steps_taken() if self.is_trained else 0)
+        facts = (self.form, forms, steps_taken() if self.is_trained else 0)
         return (row, *facts, *stored, torch.is_inference_mode_enabled())
 
     def masks(self, rows: Tensor | None, now: ForwardPass) -> RowMasks:
@@ -324,21 +317,13 @@ class AdapterMasks:
 
     def _from_logits(self, rows: Tensor | None, now: ForwardPass) -> RowMasks:
         assert self.logits is not None
-        logits = self._from_start(pick_rows(self.logits.weight, rows).float().unflatten(1, self.spec.logits_shape[1:]))
-        gain = None if self.gain is None else pick_rows(self.gain.weight, rows).float()
+        logits = self.form.logits(pick_rows(self.logits.weight, rows))
+        gain = None if self.gain is None else pick_rows(self.gain.weight, rows)
         if self._is_noisy(now):
-            logits = logits + self._noise(logits, now) / self.logit_scale
+            logits = logits + self._noise(logits, now) / self.form.logit_scale
         elif not now.table.training:
-            require(logits.isfinite().all(), MaskFormatError(self._not_finite()))
-        return masks_from_logits(self.spec, logits, gain, temperature=self.temperature, logit_scale=self.logit_scale)
-
-    def _from_start(self, logits: Tensor, sign: int = 1) -> Tensor:
-        """What is trained, ``[..., N]``, plus (or with ``sign=-1`` minus) the logits where a profile starts."""
-        if self._start is None:
-            return logits
-        if self._start.device != logits.device and not logits.is_meta:
-            self._start = self._start.to(logits.device)
-        return logits if logits.is_meta else logits + self._start * (sign / self.logit_scale)
+            require(logits.isfinite().all(), self.form.not_finite())
+        return self.form.masks(logits, gain)
 
     def minus_log_prior(self, rows: Tensor) -> Tensor:
         """How unlikely the masks of rows are under the prior of a fitted pool, in nats, shape ``[R]``.
@@ -355,15 +340,8 @@ class AdapterMasks:
         """
         if self.fitting is None or self.logits is None:
             raise ConfigError(f"Adapter '{self.name}' has no prior: expected one in training, over a fitted pool.")
-        logits = pick_rows(self.logits.weight, rows).float().unflatten(1, self.spec.logits_shape[1:])
-        gain = None if self.gain is None else pick_rows(self.gain.weight, rows).float()
-        masks = masks_from_logits(
-            self.spec,
-            self._from_start(logits),
-            gain,
-            temperature=self.temperature,
-            logit_scale=self.logit_scale,
-        )
+        gain = None if self.gain is None else pick_rows(self.gain.weight, rows)
+        masks = self.form.masks(self.form.logits(pick_rows(self.logits.weight, rows)), gain)
         weights = masks.mask * masks.gain[:, None, :, None]
         own = weights @ self.fitting.coefficients.to(weights.device)
         found: Tensor = own.square().sum(-1).mean((1, 2)) / 2 * (rows >= 0).to(weights.device)
@@ -442,55 +420,12 @@ class AdapterMasks:
         """The bytes that say what the adapter is now: ``bits``, and ``gain_bits`` if the gain is learnt."""
         if self.logits is None:
             return self.bits.weight, None if self.gain_bits is None else self.gain_bits.weight
-        bits, gain_bits = self.pack(self.logits.weight, None if self.gain is None else self.gain.weight)
+        bits, gain_bits = self.form.pack(self.logits.weight, None if self.gain is None else self.gain.weight)
         return bits, gain_bits if self.spec.learn_gain else None
-
-    def pack(self, logits: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-        """What is shipped for trained values: exactly what evaluation uses.
-
-        Shapes: ``logits [P, 2*S*N]``, ``gain [P, S]``; returns ``bits`` and ``gain_bits`` as in :class:`MaskSpec`.
-
-        Raises:
-            MaskFormatError: a value is not finite, or a gain is too large for half precision.
-        """
-        logits = gathered(logits.detach())
-        gain = None if gain is None else gathered(gain.detach())
-        if len(logits) > _BLOCK:
-            gains = [None] * -(-len(logits) // _BLOCK) if gain is None else gain.split(_BLOCK)
-            parts = [self.pack(*part) for part in zip(logits.split(_BLOCK), gains, strict=True)]
-            return torch.cat([bits for bits, _ in parts]), torch.cat([gain_bits for _, gain_bits in parts])
-        spec, scale = self.spec, self.logit_scale
-        logits = self._from_start(logits.float().view(-1, *spec.logits_shape[1:]))
-        if not logits.is_meta and not (logits.isfinite().all() and (gain is None or gain.isfinite().all())):
-            raise MaskFormatError(self._not_finite())
-        if spec.mask_type == "hard":
-            bits = pack_bits(select_top_k(logits, spec.top_k))
-        else:
-            bits = pack_halves(logits / (self.temperature / scale))
-        if gain is None:
-            gain = torch.zeros(logits.shape[0], spec.num_sites)
-        gains = scaled_gain(gain.float(), spec.scale, scale)
-        if not gains.is_meta and not gains.isfinite().all():
-            raise MaskFormatError(
-                f"Expected gains of at most 65504 in adapter '{self.name}', which half precision can hold, found "
-                "larger ones. Training diverged: lower the learning rate of the masks, or config.scale."
-            )
-        return bits, pack_halves(gains.unsqueeze(-1))
-
-    def unpack(self, bits: Tensor, gain_bits: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Values to train on from shipped ones; they :meth:`pack` to the same bytes. Inverse shapes of :meth:`pack`."""
-        spec, scale = self.spec, self.logit_scale
-        if spec.mask_type == "hard":
-            logits = (unpack_bits(bits, spec.num_adapters).float() * 2 - 1) * (REBUILT_LOGIT / scale)
-            logits = self._from_start(logits, sign=-1)
-        else:
-            logits = unpack_halves(bits) * (self.temperature / scale)
-        gain = None if gain_bits is None else gain_weight(unpack_halves(gain_bits)[..., 0], spec.scale, scale)
-        return logits.flatten(1), gain
 
     def load(self, bits: Tensor, gain_bits: Tensor | None) -> None:
         """Give a trained adapter the masks and gains of checked bytes."""
-        logits, gain = self.unpack(bits, gain_bits)
+        logits, gain = self.form.unpack(bits, gain_bits)
         with torch.no_grad():
             for name, value in (("logits", logits), ("gain", gain)):
                 if value is not None:
@@ -508,7 +443,7 @@ class AdapterMasks:
         twin = AdapterMasks.__new__(AdapterMasks)
         twin.__dict__.update(self.__dict__)
         device = self.bits.weight.device
-        twin.spec, twin.names = spec, names
+        twin.form, twin.names = replace(self.form, spec=spec), names
         twin.bits = PackedTensor(bits.to(device))
         twin.gain_bits = None if gain_bits is None else PackedTensor(gain_bits.to(device))
         twin.offset_bits = None if offset_bits is None else PackedTensor(offset_bits.to(device))
@@ -518,13 +453,13 @@ class AdapterMasks:
 
     def rescale_logits(self, logit_scale: float) -> None:
         """Train on another scale from here on, with the same masks and gains."""
-        if logit_scale == self.logit_scale:
+        if logit_scale == self.form.logit_scale:
             return
-        ratio = self.logit_scale / logit_scale
+        ratio = self.form.logit_scale / logit_scale
         with torch.no_grad():
             for weight in self.trained_state().values():
                 weight.mul_(ratio)
-        self.logit_scale = logit_scale
+        self.form = replace(self.form, logit_scale=logit_scale)
 
     def cast(self, dtype: torch.dtype) -> None:
         """Hold what is trained in another dtype. Bytes stay bytes."""
@@ -539,12 +474,6 @@ class AdapterMasks:
         self.bits.weight.copy_(source.bits.weight)
         if self.gain_bits is not None and source.gain_bits is not None:
             self.gain_bits.weight.copy_(source.gain_bits.weight)
-
-    def _not_finite(self) -> str:
-        return (
-            f"Expected finite logits and gains in adapter '{self.name}', found NaN or infinity. Training diverged: "
-            "lower the learning rate of the masks, or go back to an earlier checkpoint."
-        )
 
     def _not_taken_in(self) -> str:
         return (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.adapter import AdapterPair
-from ...core.masks import hard_mask, hard_weights, mix, scaled_gain, soft_mask
+from ...core.masks import hard_weights, mix, soft_mask
 from ...core.packing import unpack_bits, unpack_halves
 from ...pool import PoolSlice
 from ...pool.common import added, one_after_the_other
@@ -143,21 +143,6 @@ class ActiveAdapters:
         if self.index is not None:
             mixed = mixed.index_select(0, self.index.to(mixed.device))
         return mixed if self.each else mixed[0]
-
-
-def masks_from_logits(
-    spec: MaskSpec, logits: Tensor, gain: Tensor | None, *, temperature: float, logit_scale: float
-) -> RowMasks:
-    """Masks and gains of trained values.
-
-    Shapes: ``logits [R, 2, S, N]``, ``gain [R, S]`` or None.
-    """
-    softness = temperature / logit_scale
-    if spec.mask_type == "hard":
-        mask = hard_mask(logits, spec.top_k, estimator=spec.estimator, weighting=spec.weighting, temperature=softness)
-    else:
-        mask = soft_mask(logits, weighting=spec.weighting, temperature=softness)
-    return RowMasks(mask, constant_gain(spec, mask) if gain is None else scaled_gain(gain, spec.scale, logit_scale))
 
 
 def masks_from_bits(spec: MaskSpec, bits: Tensor, gain_bits: Tensor | None) -> RowMasks:

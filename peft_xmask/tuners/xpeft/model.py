@@ -265,7 +265,7 @@ class XPEFTModel(SiteTuner):
         keys = {part: _key_of(entries, ending(part, adapter_name)) for part in PARTS}
         found = {part: entries[key] for part, key in keys.items() if key is not None}
         if LOGITS in found:
-            found[BITS], found[GAIN_BITS] = masks.pack(found[LOGITS], found.get(GAIN))
+            found[BITS], found[GAIN_BITS] = masks.form.pack(found[LOGITS], found.get(GAIN))
         parts = [
             BITS,
             *([GAIN_BITS] if masks.spec.learn_gain else []),
@@ -300,7 +300,7 @@ class XPEFTModel(SiteTuner):
         offset_key = _key_of(state_dict, ending(OFFSET_BITS))
         set_offsets(model, table, adapter_name, None if offset_key is None else state_dict[offset_key].clone())
         if masks.is_trained:
-            logits, gain = masks.unpack(bits, gain_bits)
+            logits, gain = masks.form.unpack(bits, gain_bits)
             state_dict[bits_key.replace(BITS, LOGITS)] = logits
             state_dict[bits_key] = torch.zeros_like(bits)
             if gain_key is not None and gain is not None:

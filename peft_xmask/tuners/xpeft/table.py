@@ -212,7 +212,7 @@ def load_served_state(root: nn.Module, state_dict: dict[str, Tensor], prefix: st
         if not masks.is_trained or bits is None or keys[LOGITS] in state_dict or not bits.any():
             continue
         masks.spec.check(bits, gain_bits)
-        logits, gain = masks.unpack(bits, gain_bits)
+        logits, gain = masks.form.unpack(bits, gain_bits)
         state_dict[keys[LOGITS]], state_dict[keys[BITS]] = logits, torch.zeros_like(bits)
         if gain is not None and gain_bits is not None:
             state_dict[keys[GAIN]], state_dict[keys[GAIN_BITS]] = gain, torch.zeros_like(gain_bits)
