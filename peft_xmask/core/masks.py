@@ -158,12 +158,23 @@ def mix(mask: Tensor, pool: Tensor) -> Tensor:
 
     Source: X-PEFT (arXiv 2401.16137): submodules are mixed as matrices, not by averaging adapter outputs.
     """
-    with torch.autocast(device_type=pool.device.type, enabled=False):
-        flat = pool.flatten(1)
-        weights = mask.to(device=pool.device, dtype=pool.dtype)
-        mixed = torch.mv(flat.t(), weights[0]).unsqueeze(0) if weights.shape[0] == 1 else weights @ flat
-        out: Tensor = mixed.unflatten(-1, pool.shape[1:])
-        return out
+    if torch.is_autocast_enabled(pool.device.type):
+        with torch.autocast(device_type=pool.device.type, enabled=False):
+            return _mixed(mask, pool)
+    return _mixed(mask, pool)
+
+
+def _mixed(mask: Tensor, pool: Tensor) -> Tensor:
+    flat = pool.flatten(1)
+    weights = mask.to(device=pool.device, dtype=pool.dtype)
+    mixed = torch.mv(flat.t(), weights[0]) if weights.shape[0] == 1 else weights @ flat
+    return mixed.view(weights.shape[0], *pool.shape[1:])
+
+
+def scaled_rows(mask: Tensor, gain: Tensor) -> Tensor:
+    """Masks times gains: ``out[..., i] = mask[..., i] gain``. Shapes: ``[R, S, N], [R, S] -> [R, S, N]``."""
+    scaled: Tensor = _ScaledRows.apply(mask, gain)  # type: ignore[no-untyped-call]
+    return scaled
 
 
 class _HardMask(torch.autograd.Function):
@@ -229,6 +240,19 @@ class _Gain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad * ctx.gain * ctx.step, None, None
+
+
+class _ScaledRows(torch.autograd.Function):
+    """As :class:`_HardMask`, for masks times gains."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Tensor, gain: Tensor) -> Tensor:
+        ctx.mask, ctx.gain = mask, gain
+        return mask * gain.unsqueeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad * ctx.gain.unsqueeze(-1), (grad * ctx.mask).sum(-1)
 
 
 class _PickRows(torch.autograd.Function):

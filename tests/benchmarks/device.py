@@ -34,6 +34,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import peft_xmask
 from peft_xmask import AdapterPool, ProfileBank, XPEFTConfig
 from peft_xmask.pool import BOTTLENECK_SIZE, NUM_ADAPTERS
+from peft_xmask.tuners.xpeft.layer import XPEFTLayer
+from peft_xmask.tuners.xpeft.table import find_table
 
 SHAPES = {
     "tiny": (2, 64, 4, 172, 256),
@@ -141,8 +143,7 @@ def main():
     results = {}
     with progress() as bar:
         group = {"xpeft": training_step(xpeft, small), "lora": training_step(lora, small)}
-        table = xpeft.base_model.model.mask_table
-        group["mixing"] = lambda: mix_once(xpeft, table)
+        group["mixing"] = mixing(xpeft)
         pairs = {"step": ("xpeft", "lora"), "mixing": ("mixing", "lora")}
         results.update(ratios("training", group, pairs, options, bar)[0])
         serving = XPEFTConfig(task_type="CAUSAL_LM", pool_dtype="bfloat16", num_profiles=options.distinct, **sizes)
@@ -203,15 +204,24 @@ def main():
     )
 
 
-@torch.no_grad()
-def mix_once(model, table):
-    """All sites' mixed adapters of the one row, made anew."""
-    with torch.no_grad():
-        for parameter in table.parameters():
-            parameter.add_(0)  # a new version: nothing that was kept fits
-    for layer in model.modules():
-        if type(layer).__name__ == "XPEFTLayer":
-            layer.pair("default")
+def mixing(model, *, backward=False):
+    """Makes all sites' mixed adapters of the one row, as a training pass does at each step.
+
+    ``backward``: and carries a gradient of each back to the masks.
+    """
+    table = find_table(model)
+    layers = [layer for layer in model.modules() if isinstance(layer, XPEFTLayer)]
+
+    def run():
+        table.begin([])
+        pairs = [layer.pair("default") for layer in layers]
+        table.end(None)
+        if backward:
+            mixed = [part for pair in pairs for part in (pair.down, pair.up)]
+            torch.autograd.backward(mixed, [part.detach() for part in mixed])
+            model.zero_grad()
+
+    return run
 
 
 def switching(bank, loras, names, batch):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.adapter import AdapterPair
-from ...core.masks import hard_weights, mix, soft_mask
+from ...core.masks import hard_weights, mix, scaled_rows, soft_mask
 from ...core.packing import unpack_bits, unpack_halves
 from ...pool import PoolSlice
 from ...pool.common import added, one_after_the_other
@@ -47,6 +47,7 @@ class RowMasks:
 
     mask: Tensor
     gain: Tensor
+    _weights: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
 
     def at(self, site: PoolSite) -> AdapterPair:
         """Mix the pool of one site for every row; the gain goes into the up-projection.
@@ -54,11 +55,11 @@ class RowMasks:
         Around a common part inside the pair it goes into both projections: a gain of 0 is then the common part.
         """
         pool = site.pool
-        gain = self.gain[:, site.index, None]
-        down = self.mask[:, 0, site.index]
-        up = self.mask[:, 1, site.index] * gain
+        if self._weights is None:  # for all sites at once
+            self._weights = self.mask[:, 0].unbind(1), scaled_rows(self.mask[:, 1], self.gain).unbind(1)
+        down, up = (side[site.index] for side in self._weights)
         if pool.common_inside:
-            down = down * gain
+            down = down * self.gain[:, site.index, None]
         if pool.coefficients is not None:
             down, up = mix(down, pool.coefficients), mix(up, pool.coefficients)
         pair = AdapterPair(
