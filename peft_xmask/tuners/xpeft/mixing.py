@@ -47,7 +47,10 @@ class RowMasks:
 
     mask: Tensor
     gain: Tensor
-    _weights: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        # for all sites at once, and before any block: a checkpointed one must find the same when it runs again
+        self._weights = self.mask[:, 0].unbind(1), scaled_rows(self.mask[:, 1], self.gain).unbind(1)
 
     def at(self, site: PoolSite) -> AdapterPair:
         """Mix the pool of one site for every row; the gain goes into the up-projection.
@@ -55,8 +58,6 @@ class RowMasks:
         Around a common part inside the pair it goes into both projections: a gain of 0 is then the common part.
         """
         pool = site.pool
-        if self._weights is None:  # for all sites at once
-            self._weights = self.mask[:, 0].unbind(1), scaled_rows(self.mask[:, 1], self.gain).unbind(1)
         down, up = (side[site.index] for side in self._weights)
         if pool.common_inside:
             down = down * self.gain[:, site.index, None]
