@@ -83,13 +83,13 @@ def taken_over(task, name):
 def search(cells, parts, name, tick):
     """The best rate of a method by validation accuracy of seed 0; of equals, the one tried first."""
     task = TASKS[cells.task]
-    if task.rates_from is not None:
+    method = methods_of(cells.task)[name]
+    if task.rates_from is not None and method.search:
         rate = taken_over(task.rates_from, name)
         if not cells.find(method=name, rate=rate, seed=0):
             cells.keep(train(task, parts, name, rate, 0, -1.0))
             tick()
         return rate
-    method = methods_of(cells.task)[name]
     rates = (HEAD_RATE,) if name in ("head only", "base") else LADDER if method.search else (method.start,)
     tried = {}
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from peft_xmask import AdapterPool, BottleneckConfig, XPEFTConfig
+from peft_xmask import AdapterPool, BottleneckConfig, ProfileBank, XPEFTConfig, export_lora
 from peft_xmask.core.masks import hard_mask
 from peft_xmask.errors import ConfigError, FileFormatError
 from peft_xmask.pool import PoolSlice
@@ -232,6 +233,53 @@ def test_a_cast_model_starts_at_the_common_part(found):
     assert (part.coefficients.dtype, part.down.dtype) == (torch.float32, torch.bfloat16)
     common = logits(model, adapter_names=torch.full((3,), -1))
     torch.testing.assert_close(logits(model, adapter_names=torch.arange(3)), common, atol=1e-5, rtol=1e-5)
+
+
+def moved(pool: AdapterPool, **fields: object):
+    """A model with four profiles that deviate."""
+    config = XPEFTConfig(pool=pool, num_profiles=4, task_type="SEQ_CLS", **fields)
+    model = get_peft_model(fitted.base(), config).eval()
+    with torch.no_grad():
+        for weight in model.masks("default").trained_state().values():
+            weight.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
+    return model
+
+
+def test_threads_get_the_answers_of_their_own_profiles(found):
+    """All of them share a bank over the pool, and mix its few directions at the same time."""
+    names = ["ann", "bob", "carol", "dan"]
+    model = ProfileBank.from_model(moved(found.pool), names).attach(fitted.base()).eval()
+    expected = {}
+    for name in names:
+        model.set_profile(name)
+        expected[name] = logits(model)
+    assert len({float(each.sum()) for each in expected.values()}) == len(names)
+
+    def asks(number: int) -> bool:
+        right = True
+        for turn in range(40):
+            name = names[(number + turn) % len(names)]
+            model.set_profile(name)
+            right = right and torch.equal(logits(model), expected[name])
+        return right
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(asks, range(8)))
+
+
+def test_a_profile_is_baked_without_a_model(tmp_path):
+    """Of a linear pool: with the common part, and the same numbers as an export from the model."""
+    config = BottleneckConfig(bottleneck_size=4, activation="identity", use_bias=False, task_type="SEQ_CLS")
+    fitted.fit(tmp_path / "run", config=config).pool.save_pretrained(tmp_path / "pool")
+    fitted.base().save_pretrained(tmp_path / "base")
+    model = moved(AdapterPool.from_pretrained(tmp_path / "pool"))
+    baked = dict(ProfileBank.from_model(model, list("abcd")).to_lora(list("abcd"), tmp_path / "base"))
+    for row, name in enumerate("abcd"):
+        model.set_profile(row)
+        export_lora(model, tmp_path / name)
+        exported = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert exported.keys() == baked[name].tensors.keys()
+        assert all(torch.equal(baked[name].tensors[key], exported[key]) for key in exported)
 
 
 def test_damage_is_refused(saved, edit_json):
