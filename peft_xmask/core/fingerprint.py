@@ -51,8 +51,8 @@ def fingerprint_weights(weights: Iterable[Tensor | None]) -> str | None:
     """Fingerprint of a sequence of weights: their shapes and sampled signs, in order.
 
     Returns:
-        16 hexadecimal digits; None when a weight is missing, on the meta device, or not stored as plain floating point
-        numbers (a quantised base), because then its signs cannot be read.
+        16 hexadecimal digits; None when a weight is missing, on the meta device, sharded by ZeRO-3, or not stored as
+        plain floating point numbers (a quantised base), because then its signs cannot be read.
     """
     parts: list[bytes] = []
     for weight in weights:
@@ -62,5 +62,10 @@ def fingerprint_weights(weights: Iterable[Tensor | None]) -> str | None:
     return digest_of(parts)
 
 
+def in_zero3(tensor: Tensor) -> bool:
+    """Whether it is a parameter that DeepSpeed's ZeRO-3 has sharded over processes."""
+    return hasattr(tensor, "ds_id")
+
+
 def _is_plain(weight: Tensor) -> bool:
-    return type(weight) in (Tensor, torch.nn.Parameter)
+    return type(weight) in (Tensor, torch.nn.Parameter) and not in_zero3(weight)

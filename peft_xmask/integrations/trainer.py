@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from ..core.files import write_tensors
 from ..core.masks import select_top_k
 from ..errors import ConfigError, PeftXMaskWarning
-from ..tuners.base.state import gathered, sharded_as
+from ..tuners.base.sharded import gathered, sharded_as, writable
 from ..tuners.xpeft.masks import AdapterMasks
 from ..tuners.xpeft.table import MaskTable, find_table
 from .checkpoints import check_shape, checkpoint_folder, find_state
@@ -174,12 +174,12 @@ def set_logit_scale(model: nn.Module, masks: AdapterMasks, logit_scale: float) -
 def _put_back(table: MaskTable, tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
     notes = json.loads(metadata["adapters"])
     for masks in trained_adapters(table):
-        name = masks.name
-        checked = [
-            (weight, check_shape(name, weight, tensors.get(f"{name}.{part}"), path))
-            for part, weight in masks.trained_state().items()
-        ]
-        with torch.no_grad():
+        name, weights = masks.name, masks.trained_state()
+        with writable(weights.values()):
+            checked = [
+                (weight, check_shape(name, weight, tensors.get(f"{name}.{part}"), path))
+                for part, weight in weights.items()
+            ]
             for weight, stored in checked:
                 weight.copy_(sharded_as(weight, stored))
         noted = {key: notes[name][key] for key in ("logit_scale", "temperature")}

@@ -12,6 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..core.files import write_tensors
 from ..errors import PeftXMaskWarning
+from ..tuners.base.sharded import writable
 from ..tuners.in_place.tuner import find_table
 from ..tuners.weight_adapter.model import adapted_layers
 from .checkpoints import check_shape, checkpoint_folder, find_state
@@ -95,6 +96,6 @@ def _put_back(model: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
         kept = tensors.get(f"{name}.stored")
         stored = torch.zeros_like(holder.weight) if kept is None else check_shape(name, holder.weight, kept, path)
         holder.weight = stored.to(holder.weight)
-    with torch.no_grad():
+    with writable(weight for weight, _ in pairs):
         for weight, stored in pairs:
             weight.copy_(stored)

@@ -15,6 +15,7 @@ from .base_fingerprint import fingerprint_lora, renewed
 from .beneath import THE_WAY, OneMethod, kind_of, layers_of_others, refuse_other_methods, set_lora
 from .config import TargetConfig
 from .peft_private import AuxiliaryTrainingWrapper, BaseTuner, onload_layer, refuse_in_mixed_models
+from .sharded import refuse_parts
 from .state import RootTable
 
 
@@ -120,7 +121,12 @@ class OwnLayersTuner(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """What is saved: tensors of this method's layers. A trained adapter records which LoRA is beneath it now."""
+        """What is saved: tensors of this method's layers. A trained adapter records which LoRA is beneath it now.
+
+        Raises:
+            ConfigError: ZeRO-3 has sharded what is trained, and the state dict has parts.
+        """
+        refuse_parts(model, state_dict)
         entries: dict[str, Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )

@@ -99,22 +99,3 @@ class RootTable(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Do nothing: layers move what they need to their own device."""
-
-
-def gathered(tensor: Tensor) -> Tensor:
-    """The full tensor if it is sharded over processes (a ``DTensor``); any other tensor unchanged.
-
-    Every process has to call this, because each sends its shard.
-    """
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole
-
-
-def sharded_as(like: Tensor, whole: Tensor) -> Tensor:
-    """The inverse of :func:`gathered`: shard a full tensor like another one."""
-    if not hasattr(like, "full_tensor"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    cut: Tensor = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements)  # type: ignore[attr-defined]
-    return cut

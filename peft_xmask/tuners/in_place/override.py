@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ...core.fingerprint import in_zero3
 from ...errors import BaseMismatchError, ConfigError
 
 
@@ -150,12 +151,7 @@ class Override:
             ConfigError: the parameter is sharded over processes.
         """
         if not torch.compiler.is_compiling() and _is_sharded(self.parameter):
-            raise ConfigError(
-                f"Expected whole parameters, found '{self.name}' of a {type(self.module).__name__} sharded over "
-                "processes (FSDP, or DeepSpeed's ZeRO-3). Magnitude masks and weight adapters write into the base's "
-                "parameters, so they cannot work there. Use DDP, or an adapter that reads activations "
-                "(XPEFTConfig, BottleneckConfig)."
-            )
+            raise sharded_error(self.name, self.module)
 
     def _refuse_changes(self, *, thorough: bool) -> None:
         if torch.compiler.is_compiling():
@@ -198,15 +194,24 @@ def combined(own: Tensor, delta: Tensor) -> Tensor:
     return (own.to(wide) + delta.to(own.device, wide).view(own.shape)).to(own.dtype)
 
 
+def sharded_error(name: str, module: nn.Module) -> ConfigError:
+    """The error for a parameter that is sharded over processes."""
+    return ConfigError(
+        f"Expected whole parameters, found '{name}' of a {type(module).__name__} sharded over processes (FSDP, or "
+        "DeepSpeed's ZeRO-3). Magnitude masks and weight adapters write into the base's parameters, so they cannot "
+        "work there. Use DDP, ZeRO-2, or an adapter that reads activations (XPEFTConfig, BottleneckConfig)."
+    )
+
+
 def _is_sharded(parameter: Tensor) -> bool:
     """Whether a process holds a part of a parameter only, or, in a forward pass, a view of what it gathered.
 
-    One process alone has the whole of it, also inside FSDP1.
+    One process alone has the whole of it, also inside FSDP1. ZeRO-3 empties parameters even there.
     """
     distributed = torch.distributed
     several = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
     if type(parameter) is nn.Parameter:  # asked at every write: DTensors, FSDP2's parameters, are of another type
-        return several and (hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "ds_id"))  # FSDP1, ZeRO-3
+        return in_zero3(parameter) or (several and hasattr(parameter, "_fsdp_flattened"))  # the latter: FSDP1
     return hasattr(parameter, "full_tensor") or (several and parameter._is_view())
 
 

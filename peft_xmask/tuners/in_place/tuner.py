@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from ...core.fingerprint import in_zero3
 from ...errors import ConfigError, FileFormatError, TargetError
 from ..base.calls import worth_adapting
 from ..base.config import TargetConfig
@@ -22,6 +23,7 @@ from ..base.tuner import TargetTuner
 from ..sites.places import module_widths
 from .layer import InPlaceLayer
 from .named_parameters import named_parameters_of
+from .override import sharded_error
 from .table import DeltaTable
 
 TABLE = "delta_table"
@@ -191,6 +193,8 @@ class InPlaceTuner(TargetTuner):
                         "lost. Remove the parametrization first (torch.nn.utils.parametrize.remove_parametrizations, "
                         "remove_weight_norm, remove_spectral_norm), or add the module to exclude_modules."
                     )
+                if in_zero3(parameter):  # by from_pretrained
+                    raise sharded_error(parameter_name, layer)
                 if parameter.is_meta:
                     raise TargetError(
                         f"The {parameter_name} of '{name}' is on the meta device: there are no values to start from. "

@@ -54,7 +54,7 @@ def place_of(module: nn.Module) -> Place | None:
 def module_widths(module: nn.Module) -> tuple[int, int] | None:
     """Input and output width of a linear module, or of fused experts; None for any other module."""
     if isinstance(module, Conv1D):
-        return int(module.weight.shape[0]), int(module.nf)
+        return int(module.nx), int(module.nf)
     widths = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(widths[0], int) and isinstance(widths[1], int) and not isinstance(module, BaseTunerLayer):
         return widths  # type: ignore[return-value]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...core.masks import gain_weight, hard_mask, scaled_gain, select_top_k, soft_mask
 from ...core.packing import pack_bits, pack_halves, unpack_bits, unpack_halves
 from ...errors import MaskFormatError
-from ..base.state import gathered
+from ..base.sharded import gathered
 from .mixing import RowMasks, constant_gain
 from .spec import MaskSpec
 
@@ -83,7 +83,7 @@ class LogitForm:
         Raises:
             MaskFormatError: a number is not finite, or a gain is too large for half precision.
         """
-        weight, gain = gathered(weight.detach()), None if gain is None else gathered(gain.detach())
+        weight, gain = gathered(weight), None if gain is None else gathered(gain)
         if len(weight) > _BLOCK:
             gains = [None] * -(-len(weight) // _BLOCK) if gain is None else gain.split(_BLOCK)
             parts = [self.pack(*part) for part in zip(weight.split(_BLOCK), gains, strict=True)]

@@ -21,6 +21,7 @@ from ...core.masks import pick_rows, require
 from ...core.packing import unpack_halves
 from ...errors import ConfigError, MaskFormatError, PeftXMaskWarning
 from ...pool.directions import Fitting
+from ..base.sharded import writable
 from ..base.state import PackedTensor, TrainableTensor, lazy_zeros
 from ..base.steps import count_steps, steps_taken
 from .cache import MixedAdapterCache, same_source
@@ -456,8 +457,9 @@ class AdapterMasks:
         if logit_scale == self.form.logit_scale:
             return
         ratio = self.form.logit_scale / logit_scale
-        with torch.no_grad():
-            for weight in self.trained_state().values():
+        weights = self.trained_state().values()
+        with writable(weights):
+            for weight in weights:
                 weight.mul_(ratio)
         self.form = replace(self.form, logit_scale=logit_scale)
 
