@@ -4,21 +4,17 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import in_two_processes
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from peft_xmask.integrations.trainer import STATE_FILE
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
-LAUNCH = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-]  # fmt: skip
 ADAPTER = "adapter_model.safetensors"
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +37,7 @@ def together(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("together")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, *LAUNCH, str(SCRIPT), str(folder)],
+        in_two_processes(SCRIPT, folder),
         env=environment,
         capture_output=True,
         text=True,

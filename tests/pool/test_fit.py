@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from launching import in_two_processes
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -32,10 +33,6 @@ SCRIPT = Path(__file__).with_name("fitted.py")
 spec = importlib.util.spec_from_file_location("fitted", SCRIPT)
 fitted = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(fitted)
-LAUNCH = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +329,7 @@ def test_the_files_of_another_run_are_refused(tmp_path):
 
 def test_two_processes_get_the_same_pool(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, *LAUNCH, str(SCRIPT), str(tmp_path / "run"), str(tmp_path)]
+    command = in_two_processes(SCRIPT, tmp_path / "run", tmp_path)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert files(tmp_path / "0") == files(tmp_path / "1")

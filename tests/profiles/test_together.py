@@ -4,11 +4,11 @@ import importlib.util
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import in_two_processes
 from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).with_name("together.py")
@@ -16,10 +16,6 @@ spec = importlib.util.spec_from_file_location("together", SCRIPT)
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 
-LAUNCH = [
-    "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2",
-    "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -32,7 +28,7 @@ def together(tmp_path_factory) -> Path:
     """What two processes did: a folder for each, and those of the runs."""
     folder = tmp_path_factory.mktemp("together")
     done = subprocess.run(
-        [sys.executable, *LAUNCH, str(SCRIPT), str(folder)],
+        in_two_processes(SCRIPT, folder),
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         text=True,
