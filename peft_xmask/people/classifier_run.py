@@ -195,14 +195,11 @@ class ClassifierRun:
 
     def _offsets(self, logits: Mapping[str, Tensor], variance: float | None) -> tuple[float, Tensor]:
         """The prior's variance, chosen unless it is given, and offsets as they are stored."""
-        task, count = self.table.task, len(self.people)
-        parts = []
-        for part in ("train", "validation"):
-            mine = self.examples.mine(part)
-            parts.append((logits[part][mine], self.targets[part][mine], self.examples.numbers[part][mine]))
+        task, mine = self.table.task, self.examples.mine("train")
+        train = logits["train"][mine], self.targets["train"][mine], self.examples.numbers["train"][mine]
         if variance is None:
-            variance = choose_variance(task, parts[0], parts[1], count)
-        return variance, unpack_halves(pack_halves(fit_offsets(task, *parts[0], count, variance)))
+            variance = choose_variance(task, *train)
+        return variance, unpack_halves(pack_halves(fit_offsets(task, *train, len(self.people), variance)))
 
     def _losses(self, logits: Tensor, offsets: Tensor, part: str) -> Tensor:
         return losses(self.table.task, logits + self._added(offsets, part), self.targets[part])

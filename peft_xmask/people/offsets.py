@@ -6,16 +6,16 @@ over the person's examples i with logits z_i. So people with few examples stay c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..bank.bank import ProfileBank
+from ..training.offset_prior import VARIANCES, likeliest_variance
 
-VARIANCES = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""Candidates for the prior variance: of log-odds; for regression in units of the residuals' variance."""
+_KINDS = {"regression": "values", "classification": "classes", "multi-label": "labels"}
 
 
 def losses(task: str, logits: Tensor, targets: Tensor) -> Tensor:
@@ -66,53 +66,20 @@ def fit_offsets(task: str, logits: Tensor, targets: Tensor, rows: Tensor, count:
     return offsets.detach()
 
 
-def choose_variance(
-    task: str,
-    train: tuple[Tensor, Tensor, Tensor],
-    held_out: tuple[Tensor, Tensor, Tensor],
-    count: int,
-    variances: Sequence[float] = VARIANCES,
-) -> float:
-    """Choose the prior variance for these people; 0: no offsets.
-
-    For regression it is the most likely one, given how far people's mean residuals lie apart; else the one whose
-    offsets have the lowest loss on held-out examples, if that is lower than without offsets.
+def choose_variance(task: str, logits: Tensor, targets: Tensor, rows: Tensor) -> float:
+    """The prior variance of these people's offsets under which their labels are most likely; 0: no offsets.
 
     Args:
         task: see :func:`losses`.
-        train: logits, targets and rows.
-        held_out: the same of other examples of these people.
-        count: of people.
-        variances: to try.
+        logits: of their training examples, ``[n, C]``, without offsets.
+        targets: see :func:`losses`.
+        rows: long ``[n]``, the number of each example's person.
+
+    See :mod:`~peft_xmask.training.offset_prior`.
     """
-    if task == "regression":
-        return _likeliest(*train, count, variances)
-    logits, targets, rows = held_out
     if not len(logits):
-        return 0.3
-    best = float(losses(task, logits, targets).mean())
-    chosen = 0.0
-    for variance in variances:
-        offsets = fit_offsets(task, *train, count, variance)
-        found = float(losses(task, logits + offsets[rows], targets).mean())
-        if found < best:
-            best, chosen = found, variance
-    return chosen
-
-
-def _likeliest(logits: Tensor, targets: Tensor, rows: Tensor, count: int, variances: Sequence[float]) -> float:
-    """The variance v, in units of the noise s^2, with which mean residuals ``r_u ~ N(0, s^2 (v + 1 / n_u))`` fit."""
-    residuals = (targets - logits.view(-1)).double()
-    counts = torch.bincount(rows, minlength=count).double()
-    means = torch.zeros(count, dtype=torch.double).index_add_(0, rows, residuals) / counts.clamp_min(1)
-    noise = (residuals - means[rows]).pow(2).sum() / (len(rows) - (counts > 0).sum()).clamp_min(1)
-    means, counts = means[counts > 0], counts[counts > 0]
-
-    def misfit(variance: float) -> float:
-        spread = noise.clamp_min(1e-12) * (variance + 1 / counts)
-        return float((spread.log() + means**2 / spread).sum())
-
-    return min((0.0, *variances), key=misfit)
+        return 0.0
+    return likeliest_variance(_KINDS[task], logits, targets, rows, partial(fit_offsets, task), (0.0, *VARIANCES))
 
 
 def without_offsets(bank: ProfileBank) -> ProfileBank:

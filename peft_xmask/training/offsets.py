@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-
-VARIANCES = (0.03, 0.1, 0.3, 1.0, 3.0)
-"""Candidates for the prior variance of an offset; of values, in units of the variance of the residuals."""
+from .offset_prior import likeliest_variance
 
 DEFAULT_VARIANCES = {"classes": 0.3, "values": 0.1}
+"""Of the prior, for a bank that does not say which it has."""
+
 _ITERATIONS = 50
 
 
@@ -118,22 +118,15 @@ def fit_offsets(shared: SharedOutputs, rows: Tensor, count: int, variance: float
     return offsets
 
 
-def choose_variance(
-    training: SharedOutputs, rows: Tensor, validation: SharedOutputs | None, held_out: Tensor | None, count: int
-) -> float:
-    """The prior variance under which offsets do best on the validation examples of all profiles together.
+def choose_variance(shared: SharedOutputs, rows: Tensor) -> float:
+    """The prior variance under which the labels are most likely; see :mod:`~peft_xmask.training.offset_prior`.
 
-    :data:`DEFAULT_VARIANCES` hold without validation examples.
+    Args:
+        shared: outputs on the training examples.
+        rows: long ``[n]``, the profile of each.
     """
-    if validation is None or held_out is None:
-        return training.default_variance
-    found = []
-    for variance in VARIANCES:
-        offsets = fit_offsets(training, rows, count, variance)[held_out]
-        moved = validation.outputs + offsets
-        if validation.values:
-            loss = nn.functional.mse_loss(moved.view(-1), validation.labels.float())
-        else:
-            loss = nn.functional.cross_entropy(moved, validation.labels)
-        found.append((float(loss), variance))
-    return min(found)[1]
+
+    def fit(outputs: Tensor, labels: Tensor, rows: Tensor, count: int, variance: float) -> Tensor:
+        return fit_offsets(SharedOutputs(outputs, labels), rows, count, variance)
+
+    return likeliest_variance("values" if shared.values else "classes", shared.outputs, shared.labels, rows, fit)

@@ -269,10 +269,7 @@ class TrainingRun:
             return torch.stack([none if each is None else each for each in known]), None
         model, size = self.profiles.model, self.settings.trainer.per_device_eval_batch_size
         shared = SharedOutputs.of(model, self.examples, self.collator, size)
-        held_out = None
-        if data.validation is not None:
-            held_out = SharedOutputs.of(model, self.held_out_examples, self.collator, size)
-        variance = choose_variance(shared, data.rows, held_out, data.held_out, len(names))
+        variance = choose_variance(shared, data.rows)
         return pack_halves(fit_offsets(shared, data.rows, len(names), variance)), variance
 
     def _bank_of(self, best: BestRows, offset_bits: Tensor | None, variance: float | None) -> TrainedBank:

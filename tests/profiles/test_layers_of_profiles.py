@@ -58,19 +58,14 @@ def test_offsets_of_values_are_the_shrunk_mean_residual():
     torch.testing.assert_close(found, torch.tensor([[4.0 / (2 + 2)], [0.0], [0.0]]))
 
 
-def test_the_variance_is_the_one_that_does_best_on_others_examples():
+@pytest.mark.parametrize("each", [3, 30])
+@pytest.mark.parametrize(("size", "expected"), [(0.0, 0.03), (1.0, 1.0), (3.0, 3.0)])
+def test_the_variance_is_that_of_the_profiles_offsets(size, expected, each):
     generator = torch.Generator().manual_seed(0)
-
-    def drawn(offsets: torch.Tensor, each: int) -> tuple[SharedOutputs, torch.Tensor]:
-        rows = torch.arange(len(offsets)).repeat_interleave(each)
-        labels = (offsets[rows]).softmax(1).multinomial(1, generator=generator)[:, 0]
-        return SharedOutputs(torch.zeros(len(rows), 3), labels), rows
-
-    for size, expected in ((0.0, 0.03), (3.0, 3.0)):
-        offsets = size * torch.randn(300, 3, generator=generator)
-        (training, rows), (validation, held_out) = drawn(offsets, 10), drawn(offsets, 10)
-        assert choose_variance(training, rows, validation, held_out, 300) == expected
-    assert choose_variance(training, rows, None, None, 300) == 0.3
+    offsets = size * torch.randn(300, 3, generator=generator)
+    rows = torch.arange(300).repeat_interleave(each)
+    labels = offsets[rows].softmax(1).multinomial(1, generator=generator)[:, 0]
+    assert choose_variance(SharedOutputs(torch.zeros(len(rows), 3), labels), rows) == expected
 
 
 @pytest.mark.parametrize("helps", [True, False])
