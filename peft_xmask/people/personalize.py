@@ -81,7 +81,7 @@ def personalize(
     told = step or (lambda _: None)
     started = time.perf_counter()
     directions = pool if isinstance(pool, AdapterPool) else None
-    if directions is None and pool not in ("random", "fit"):
+    if directions is None and pool not in ("random", "fit", "few"):
         directions = AdapterPool.from_pretrained(str(pool))
     told("reading the texts with the base model")
     kind = LanguageRun if table.task == CAUSAL_LM else ClassifierRun
@@ -93,7 +93,7 @@ def personalize(
         told("fitting a pool to the people")
         directions = run.fit_pool(Execution(folder / "fit", None, None, resume, progress))
     told(f"training the common part and the profiles of {len(run.people):,} people")
-    bank = run.train(Execution(folder, directions, ray, resume, progress))
+    bank = run.train(Execution(folder, directions, ray, resume, progress), few=pool == "few")
     told("comparing the layers on held-out examples")
     layers, few = run.layers(bank)
     bank.save_pretrained(out, with_pool=True)

@@ -38,7 +38,7 @@ MOST, TESTED, VALIDATION = 100, 40, 10  # labels of one person; every tenth one 
 COUNTS, STRENGTHS = (5, 20, MOST), (0.0, 1.0, 3.0, 10.0)
 HELD = 32
 OTHER = "change by another's mask"
-WAYS = [("random", 3.0), *(("fit", strength) for strength in STRENGTHS)]
+WAYS = [("random", 3.0), *((pool, strength) for pool in ("few", "fit") for strength in STRENGTHS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +173,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pools", nargs="+", default=["random", "few", "fit"], choices=["random", "few", "fit"])
     parser.add_argument("--redraw", action="store_true", help="print what has been measured, train nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -181,7 +182,7 @@ def main():
     for name in options.sets:
         people = None if options.redraw else load(name)
         for seed in () if options.redraw else options.seeds:
-            for pool in ("random", "fit"):
+            for pool in options.pools:
                 there = {
                     (line["strength"], line["labels"])
                     for line in kept if (line["set"], line["seed"], line["pool"]) == (name, seed, pool)
