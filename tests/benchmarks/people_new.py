@@ -174,6 +174,8 @@ def main():
     parser.add_argument("--sets", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pools", nargs="+", default=["random", "few", "fit"], choices=["random", "few", "fit"])
+    parser.add_argument("--strengths", nargs="+", type=float, default=[*STRENGTHS], help="of the prior over fitted pools")
+    parser.add_argument("--labels", nargs="+", type=int, default=[*COUNTS], choices=COUNTS)
     parser.add_argument("--redraw", action="store_true", help="print what has been measured, train nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -188,8 +190,8 @@ def main():
                     for line in kept if (line["set"], line["seed"], line["pool"]) == (name, seed, pool)
                 }  # fmt: skip
                 missing = {
-                    strength: [count for count in COUNTS if (strength, count) not in there]
-                    for way, strength in WAYS if way == pool
+                    strength: [count for count in options.labels if (strength, count) not in there]
+                    for way, strength in WAYS if way == pool and (pool == "random" or strength in options.strengths)
                 }  # fmt: skip
                 if any(missing.values()):
                     measure(people, seed, pool, missing, kept)
