@@ -61,6 +61,7 @@ class ClassifierRun:
         self.offsets = torch.zeros(len(self.examples.people), len(table.labels))
         self.mask_offsets = self.offsets
         self.variance = self.strength = 0.0
+        self.few = False
 
     @classmethod
     def prepare(cls, base: str | Path, table: PeopleTable, settings: PersonalizeSettings) -> ClassifierRun:
@@ -101,16 +102,14 @@ class ClassifierRun:
             example_loss=_multi_label_losses if self.table.task == "multi-label" else None,
         )
 
-    def train(self, how: Execution, *, few: bool = False) -> ProfileBank:
-        """Train the head, the offsets and the masks, and keep the masks at the strength that validation favours.
+    def choose_few_directions(self) -> None:
+        """Let the masks choose among a few directions that the head reads, once it is fitted."""
+        self.few = True
 
-        Args:
-            how: of the run.
-            few: make a pool of a few directions that the head reads; see
-                :func:`~peft_xmask.training.few_directions.few_directions`.
-        """
+    def train(self, how: Execution) -> ProfileBank:
+        """Train the head, the offsets and the masks, and keep the masks at the strength that validation favours."""
         self._fit_common(how)
-        if few:
+        if self.few:
             how = replace(how, pool=self._few_directions())
         return self._choose_strength(self._train_masks(how))
 

@@ -76,13 +76,27 @@ class LivePredictor(Predictor):
         encoded = self.tokenizer([text for text, _ in rows], truncation=True, max_length=self.max_length)
         columns = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
         labels = [label for _, label in rows]
-        offset = self._offset([text for text, _ in rows], labels)
+        if self._learns_offsets:
+            profile = self.learner().learn(
+                [{**row, "labels": label} for row, label in zip(columns, labels, strict=True)]
+            )
+        else:
+            profile = self._beside_offset([text for text, _ in rows], columns, labels)
+        self.live.put(name, profile)
+        return profile
+
+    @property
+    def _learns_offsets(self) -> bool:
+        """Whether the learner fits the offset as well: a mask of classes is then for what the offset leaves."""
+        return self.live.kind.offset_count is not None and self.head.problem_type == PROBLEMS["classification"]
+
+    def _beside_offset(self, texts: Sequence[str], columns: Sequence[dict[str, Any]], labels: list[Any]) -> Profile:
+        """A profile whose offset is fitted here: of values, or of labels of which a text may have several."""
+        offset = self._offset(texts, labels)
         if offset is not None and self.head.problem_type == "regression":
             labels = [label - float(offset) for label in labels]  # the mask is for what the offset leaves
         profile = self.learner().learn([{**row, "labels": label} for row, label in zip(columns, labels, strict=True)])
-        profile = Profile(profile.bits, profile.gain_bits, None if offset is None else pack_halves(offset))
-        self.live.put(name, profile)
-        return profile
+        return Profile(profile.bits, profile.gain_bits, None if offset is None else pack_halves(offset))
 
     def _offset(self, texts: Sequence[str], labels: Sequence[Any]) -> Tensor | None:
         """The offset fitted to labelled texts over the common part, ``[C]``; None if the bank has no offsets."""
@@ -100,9 +114,8 @@ class LivePredictor(Predictor):
     def learner(self) -> Learner:
         """The learner, made when it is first needed."""
         if self._learner is None:
-            self._learner = Learner(
-                self.model, without_offsets(self.bank), self._learning, processing_class=self.tokenizer
-            )
+            bank = self.bank if self._learns_offsets else without_offsets(self.bank)
+            self._learner = Learner(self.model, bank, self._learning, processing_class=self.tokenizer)
         return self._learner
 
     def forget(self, name: str) -> None:

@@ -61,7 +61,8 @@ def personalize(
         out: folder of the bank; an earlier bank there is replaced when all is trained. ``OUT-run`` beside it holds the
             checkpoints until then.
         settings: None: the defaults.
-        pool: ``"random"``; ``"fit"``, to fit one to these people first
+        pool: ``"random"``; ``"few"``, for a few directions that the head reads
+            (:func:`~peft_xmask.training.few_directions.few_directions`); ``"fit"``, to fit one to these people first
             (:func:`~peft_xmask.training.fit_pool.fit_pool`); a saved pool's folder or Hub id; or a pool. A pool's
             common part is used as it is. Unless it is random, the pool is saved with the bank, so that the folder needs
             nothing but the base.
@@ -89,11 +90,13 @@ def personalize(
     folder = Path(f"{Path(out)}-run")
     if directions is not None:
         check_pool(directions, run.model, str(base))
+    elif pool == "few":
+        run.choose_few_directions()
     elif pool == "fit":
         told("fitting a pool to the people")
         directions = run.fit_pool(Execution(folder / "fit", None, None, resume, progress))
     told(f"training the common part and the profiles of {len(run.people):,} people")
-    bank = run.train(Execution(folder, directions, ray, resume, progress), few=pool == "few")
+    bank = run.train(Execution(folder, directions, ray, resume, progress))
     told("comparing the layers on held-out examples")
     layers, few = run.layers(bank)
     bank.save_pretrained(out, with_pool=True)

@@ -166,7 +166,7 @@ class Learner:
             outputs = self._model(**{key: value for key, value in nobody.items() if key != "labels"}).logits
         shared = SharedOutputs.checked(outputs, labels)
         rows, places = (torch.tensor(each) for each in zip(*pairs, strict=True))
-        variance = self._offset_variance or shared.default_variance
+        variance = shared.default_variance if self._offset_variance is None else self._offset_variance
         offset_bits = pack_halves(fit_offsets(shared[places], rows, 1 + _FOLDS, variance))
         self._profiles.set_offsets(offset_bits)
         return offset_bits

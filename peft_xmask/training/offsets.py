@@ -100,8 +100,10 @@ def fit_offsets(shared: SharedOutputs, rows: Tensor, count: int, variance: float
         shared: outputs on the examples.
         rows: long ``[n]``, the profile of each.
         count: U.
-        variance: of the prior.
+        variance: of the prior; 0: no offsets.
     """
+    if variance <= 0:
+        return torch.zeros(count, shared.outputs.shape[1])
     examples = torch.bincount(rows, minlength=count).unsqueeze(1).float()
     if shared.values:
         residuals = shared.labels.float().view(-1, 1) - shared.outputs.view(-1, 1)

@@ -174,7 +174,9 @@ def main():
     parser.add_argument("--sets", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pools", nargs="+", default=["random", "few", "fit"], choices=["random", "few", "fit"])
-    parser.add_argument("--strengths", nargs="+", type=float, default=[*STRENGTHS], help="of the prior over fitted pools")
+    parser.add_argument(
+        "--strengths", nargs="+", type=float, default=[*STRENGTHS], help="of the prior over fitted pools"
+    )
     parser.add_argument("--labels", nargs="+", type=int, default=[*COUNTS], choices=COUNTS)
     parser.add_argument("--redraw", action="store_true", help="print what has been measured, train nothing")
     options = parser.parse_args()
