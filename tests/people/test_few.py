@@ -1,0 +1,78 @@
+"""Few directions for people, and how a new person of a live bank is learnt over them."""
+
+import json
+
+import pytest
+import torch
+
+from peft_xmask import Learner, LiveBank, ProfileBank
+from peft_xmask.errors import ConfigError
+from peft_xmask.people.live import LivePredictor
+from peft_xmask.people.offsets import fit_offsets
+from peft_xmask.people.personalize import personalize
+from peft_xmask.people.settings import PersonalizeSettings
+from peft_xmask.people.table import PeopleTable
+
+from .conftest import PEOPLE, SUBJECTS
+
+
+@pytest.fixture(scope="module")
+def bank(minilm, tmp_path_factory):
+    """Of people who like a text or not: Ann and Cid like four subjects of six, Bob and Dora two of them."""
+    folder = tmp_path_factory.mktemp("few")
+    with (folder / "likes.jsonl").open("w", encoding="utf-8") as stream:
+        for who in PEOPLE:
+            for number in range(20):
+                text = f"{SUBJECTS[number % len(SUBJECTS)]} number {number}"
+                likes = number % 6 >= (2 if who in ("ann", "cid") else 4)
+                stream.write(json.dumps({"text": text, "label": "yes" if likes else "no", "user": who}) + "\n")
+    table = PeopleTable.read(str(folder / "likes.jsonl"), task="classification")
+    settings = PersonalizeSettings(max_length=16, num_adapters=16, epochs=1.0)
+    done = personalize(minilm, table, folder / "bank", settings, pool="few")
+    assert list(done.bank) == list(PEOPLE)
+    return folder / "bank"
+
+
+def test_the_bank_brings_its_directions(bank, minilm):
+    [pool] = bank.glob("pool-*")
+    assert json.loads((pool / "pool.json").read_text())["fitting"]["kind"] == "few directions"
+    again = ProfileBank.from_pretrained(bank)
+    assert again.config.layers_to_transform is None
+    assert again.nbytes == 2 * 2 + 2 + 4  # two masks of 16 bits, a gain and two offsets
+
+
+def test_a_new_persons_mask_is_for_what_the_offset_leaves(bank, minilm, tmp_path):
+    LiveBank.create(tmp_path / "live", ProfileBank.from_pretrained(bank))
+    predictor = LivePredictor.open(tmp_path / "live", minilm)
+    said = [(f"{subject} number {number}", "yes") for number, subject in enumerate(SUBJECTS * 2)]
+    profile = predictor.learn("eve", said)
+    encoded = predictor.tokenizer([text for text, _ in said], truncation=True, max_length=16)
+    label = predictor.head.labels.index("yes")
+    rows = [
+        {**dict(zip(encoded, values, strict=True)), "labels": label} for values in zip(*encoded.values(), strict=True)
+    ]
+    learner = Learner(predictor.model, ProfileBank.from_pretrained(bank), processing_class=predictor.tokenizer)
+    expected = learner.learn(rows)
+    for mine, theirs in zip(profile.parts, expected.parts, strict=True):
+        assert torch.equal(mine, theirs)
+    answers = predictor.predict([text for text, _ in said])
+    logits = torch.tensor([[each.scores[name] for name in predictor.head.labels] for each in answers]).log()
+    targets, nobody = torch.full((len(said),), label), torch.zeros(len(said), dtype=torch.long)
+    variance = ProfileBank.from_pretrained(bank).config.training["offset_variance"]
+    offset = fit_offsets("classification", logits, targets, nobody, 1, variance)[0]
+    torch.testing.assert_close(profile.offsets, offset, atol=5e-3, rtol=5e-3)
+
+
+def test_without_labels_there_is_no_head_to_read(shared_data, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": "a story", "user": who}) + "\n" for who in PEOPLE * 4))
+    table = PeopleTable.read(str(path), task="causal-lm")
+    with pytest.raises(ConfigError, match='pool="few" needs a head'):
+        personalize(
+            shared_data / "stories260k-llama",
+            table,
+            tmp_path / "bank",
+            PersonalizeSettings(max_length=16, layers=None),
+            pool="few",
+        )
+    assert not (tmp_path / "bank").exists()
