@@ -32,7 +32,6 @@ from .tuners.xpeft import XPEFTConfig
 if TYPE_CHECKING:
     from .bank.difference import compare_banks
     from .bank.verification import verify_bank
-    from .training.few_directions import few_directions
     from .training.fit_pool import FittedPool, fit_pool
     from .training.learn import Learner, ProfileLearning, learn_profile
     from .training.pool_settings import PoolFitting
@@ -66,7 +65,6 @@ __all__ = [
     "compare_banks",
     "export_lora",
     "export_sparse_delta",
-    "few_directions",
     "fit_pool",
     "fold",
     "learn_profile",
@@ -82,7 +80,6 @@ _LAZY = {
     "ProfileLearning": ".training.learn",
     "ProfileTraining": ".training.settings",
     "compare_banks": ".bank.difference",
-    "few_directions": ".training.few_directions",
     "fit_pool": ".training.fit_pool",
     "learn_profile": ".training.learn",
     "train_profiles": ".training.train",

@@ -45,10 +45,7 @@ def personalize(
     who: Annotated[str, typer.Option(help="Column that says whose each row is.")] = "user",
     task: Annotated[Task, typer.Option(help="What is learnt.")] = Task.classification,
     pool: Annotated[
-        str,
-        typer.Option(
-            help="'random', 'few' (ways the head reads), 'fit' (to these people), or a saved pool: folder or Hub id."
-        ),
+        str, typer.Option(help="'random', 'fit' (to these people), or a saved pool: folder or Hub id.")
     ] = "random",
     split: Annotated[str | None, typer.Option(help="Column with train, validation or test.")] = None,
     time: Annotated[str | None, typer.Option(help="Column by which a person's rows are ordered.")] = None,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +23,16 @@ from ..integrations.pooled_classifier import (
     load_tokenizer,
 )
 from ..pool import AdapterPool
-from ..training.few_directions import few_directions
 from ..tuners.base.classifier import Classifier
-from ..tuners.xpeft import XPEFTConfig
 from .common import SharedStates, fit_head
 from .examples import PeopleExamples, Row, by_length, encode_texts, inputs_of
-from .masks import fit_directions, last_blocks, train_masks
+from .masks import fit_directions, train_masks
 from .offsets import choose_variance, fit_offsets, losses, without_offsets
 from .report import Layer, few_of, layer_of
 from .settings import Execution, PersonalizeSettings
 from .strength import choose_strength
 from .table import PROBLEMS, PeopleTable
 
-_TEXTS = 2000  # that directions are found in
 _ROUNDS = 2  # of the head given the offsets, and the offsets given the head
 
 
@@ -61,7 +57,6 @@ class ClassifierRun:
         self.offsets = torch.zeros(len(self.examples.people), len(table.labels))
         self.mask_offsets = self.offsets
         self.variance = self.strength = 0.0
-        self.few = False
 
     @classmethod
     def prepare(cls, base: str | Path, table: PeopleTable, settings: PersonalizeSettings) -> ClassifierRun:
@@ -102,24 +97,10 @@ class ClassifierRun:
             example_loss=_multi_label_losses if self.table.task == "multi-label" else None,
         )
 
-    def choose_few_directions(self) -> None:
-        """Let the masks choose among a few directions that the head reads, once it is fitted."""
-        self.few = True
-
     def train(self, how: Execution) -> ProfileBank:
         """Train the head, the offsets and the masks, and keep the masks at the strength that validation favours."""
         self._fit_common(how)
-        if self.few:
-            how = replace(how, pool=self._few_directions())
         return self._choose_strength(self._train_masks(how))
-
-    def _few_directions(self) -> AdapterPool:
-        config = XPEFTConfig(task_type="SEQ_CLS", **last_blocks(self.model, 1))
-        rows = [inputs_of(row) for row in self.examples.rows["train"][:_TEXTS]]
-        return few_directions(
-            self.model, rows, config=config, size=self.settings.num_adapters, processing_class=self.tokenizer,
-            seed=self.settings.seed,
-        )  # fmt: skip
 
     def layers(self, bank: ProfileBank) -> tuple[tuple[Layer, ...], int]:
         """What each layer brings on the test examples, and the most labels of a person with few."""

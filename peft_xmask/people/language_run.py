@@ -74,16 +74,6 @@ class LanguageRun:
         collator = DataCollatorForTokenClassification(self.tokenizer)
         return fit_directions(self.model, self.examples, "CAUSAL_LM", self.settings, how, data_collator=collator)
 
-    def choose_few_directions(self) -> None:
-        """There are none.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            'pool="few" needs a head that labels were fitted to, and task "causal-lm" has none. Use "random" or "fit".'
-        )
-
     def train(self, how: Execution) -> ProfileBank:
         """Train the common adapter and the masks, and keep the masks at the strength that validation favours."""
         has_common = how.pool is not None and how.pool.common is not None

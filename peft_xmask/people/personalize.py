@@ -61,8 +61,7 @@ def personalize(
         out: folder of the bank; an earlier bank there is replaced when all is trained. ``OUT-run`` beside it holds the
             checkpoints until then.
         settings: None: the defaults.
-        pool: ``"random"``; ``"few"``, for a few directions that the head reads
-            (:func:`~peft_xmask.training.few_directions.few_directions`); ``"fit"``, to fit one to these people first
+        pool: ``"random"``; ``"fit"``, to fit one to these people first
             (:func:`~peft_xmask.training.fit_pool.fit_pool`); a saved pool's folder or Hub id; or a pool. A pool's
             common part is used as it is. Unless it is random, the pool is saved with the bank, so that the folder needs
             nothing but the base.
@@ -82,7 +81,7 @@ def personalize(
     told = step or (lambda _: None)
     started = time.perf_counter()
     directions = pool if isinstance(pool, AdapterPool) else None
-    if directions is None and pool not in ("random", "fit", "few"):
+    if directions is None and pool not in ("random", "fit"):
         directions = AdapterPool.from_pretrained(str(pool))
     told("reading the texts with the base model")
     kind = LanguageRun if table.task == CAUSAL_LM else ClassifierRun
@@ -90,8 +89,6 @@ def personalize(
     folder = Path(f"{Path(out)}-run")
     if directions is not None:
         check_pool(directions, run.model, str(base))
-    elif pool == "few":
-        run.choose_few_directions()
     elif pool == "fit":
         told("fitting a pool to the people")
         directions = run.fit_pool(Execution(folder / "fit", None, None, resume, progress))

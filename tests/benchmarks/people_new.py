@@ -38,7 +38,7 @@ MOST, TESTED, VALIDATION = 100, 40, 10  # labels of one person; every tenth one 
 COUNTS, STRENGTHS = (5, 20, MOST), (0.0, 1.0, 3.0, 10.0)
 HELD = 32
 OTHER = "change by another's mask"
-WAYS = [("random", 3.0), *((pool, strength) for pool in ("few", "fit") for strength in STRENGTHS)]
+WAYS = [("random", 3.0), *(("fit", strength) for strength in STRENGTHS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--pools", nargs="+", default=["random", "few", "fit"], choices=["random", "few", "fit"])
+    parser.add_argument("--pools", nargs="+", default=["random", "fit"], choices=["random", "fit"])
     parser.add_argument(
         "--strengths", nargs="+", type=float, default=[*STRENGTHS], help="of the prior over fitted pools"
     )

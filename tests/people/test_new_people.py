@@ -1,4 +1,4 @@
-"""Few directions for people, and how a new person of a live bank is learnt over them."""
+"""How a new person of a live bank is learnt."""
 
 import json
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from peft_xmask import Learner, LiveBank, ProfileBank
-from peft_xmask.errors import ConfigError
 from peft_xmask.people.live import LivePredictor
 from peft_xmask.people.offsets import fit_offsets
 from peft_xmask.people.personalize import personalize
@@ -19,7 +18,7 @@ from .conftest import PEOPLE, SUBJECTS
 @pytest.fixture(scope="module")
 def bank(minilm, tmp_path_factory):
     """Of people who like a text or not: Ann and Cid like four subjects of six, Bob and Dora two of them."""
-    folder = tmp_path_factory.mktemp("few")
+    folder = tmp_path_factory.mktemp("likes")
     with (folder / "likes.jsonl").open("w", encoding="utf-8") as stream:
         for who in PEOPLE:
             for number in range(20):
@@ -27,18 +26,10 @@ def bank(minilm, tmp_path_factory):
                 likes = number % 6 >= (2 if who in ("ann", "cid") else 4)
                 stream.write(json.dumps({"text": text, "label": "yes" if likes else "no", "user": who}) + "\n")
     table = PeopleTable.read(str(folder / "likes.jsonl"), task="classification")
-    settings = PersonalizeSettings(max_length=16, num_adapters=16, epochs=1.0)
-    done = personalize(minilm, table, folder / "bank", settings, pool="few")
+    settings = PersonalizeSettings(max_length=16, num_adapters=16, bottleneck_size=4, layers=1, epochs=1.0)
+    done = personalize(minilm, table, folder / "bank", settings)
     assert list(done.bank) == list(PEOPLE)
     return folder / "bank"
-
-
-def test_the_bank_brings_its_directions(bank, minilm):
-    [pool] = bank.glob("pool-*")
-    assert json.loads((pool / "pool.json").read_text())["fitting"]["kind"] == "few directions"
-    again = ProfileBank.from_pretrained(bank)
-    assert again.config.layers_to_transform is None
-    assert again.nbytes == 2 * 2 + 2 + 4  # two masks of 16 bits, a gain and two offsets
 
 
 def test_a_new_persons_mask_is_for_what_the_offset_leaves(bank, minilm, tmp_path):
@@ -61,18 +52,3 @@ def test_a_new_persons_mask_is_for_what_the_offset_leaves(bank, minilm, tmp_path
     variance = ProfileBank.from_pretrained(bank).config.training["offset_variance"]
     offset = fit_offsets("classification", logits, targets, nobody, 1, variance)[0]
     torch.testing.assert_close(profile.offsets, offset, atol=5e-3, rtol=5e-3)
-
-
-def test_without_labels_there_is_no_head_to_read(shared_data, tmp_path):
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": "a story", "user": who}) + "\n" for who in PEOPLE * 4))
-    table = PeopleTable.read(str(path), task="causal-lm")
-    with pytest.raises(ConfigError, match='pool="few" needs a head'):
-        personalize(
-            shared_data / "stories260k-llama",
-            table,
-            tmp_path / "bank",
-            PersonalizeSettings(max_length=16, layers=None),
-            pool="few",
-        )
-    assert not (tmp_path / "bank").exists()
