@@ -115,7 +115,10 @@ class LivePredictor(Predictor):
         """The learner, made when it is first needed."""
         if self._learner is None:
             bank = self.bank if self._learns_offsets else without_offsets(self.bank)
-            self._learner = Learner(self.model, bank, self._learning, processing_class=self.tokenizer)
+            self._learner = Learner(
+                self.model, bank, self._learning, processing_class=self.tokenizer,
+                has_offsets=self.live.kind.offset_count is not None,
+            )  # fmt: skip
         return self._learner
 
     def forget(self, name: str) -> None:

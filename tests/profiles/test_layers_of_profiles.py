@@ -139,6 +139,18 @@ def test_a_person_is_learnt_with_an_offset(bank):
     assert profile == Learner(taught.base(), bank, ProfileLearning(steps=2)).learn(rows)
 
 
+def test_a_person_who_said_little_has_the_offset_alone(bank):
+    """Nine examples cannot tell a mask from chance; without 0 among the factors, a mask is wanted all the same."""
+    rows = [{**row, "labels": 2} for row in taught.examples(9, {"new": 10}).to_list()]
+    few = Learner(taught.base(), bank, ProfileLearning(steps=2)).learn(rows[:9])
+    assert not few.gains.any()
+    assert int(few.offsets.argmax()) == 2
+    wanted = Learner(taught.base(), bank, ProfileLearning(steps=2, gain_factors=(1.0,)))
+    assert wanted.learn(rows[:9]).gains.any()
+    least = Learner(taught.base(), bank, ProfileLearning(steps=2, min_examples=0))
+    assert not torch.equal(least.learn(rows[:9]).bits, few.bits)
+
+
 def test_what_offsets_cannot_do(bank, tmp_path):
     with pytest.raises(ConfigError, match="head='joint'"):
         fit(tmp_path, head="joint")
