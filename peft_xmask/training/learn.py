@@ -27,6 +27,7 @@ from .profile_model import ProfileModel
 from .twin import sharing_weights
 
 _FOLDS = 2
+_ERRORS = 2  # standard errors by which a mask must help beside an offset
 _ALL = 0  # the row that learns from all examples; the next rows each leave out a part of them
 
 
@@ -41,11 +42,12 @@ class ProfileLearning:
         prior_strength: over a fitted pool, the weight of the prior fitted with it, of which each example's loss has an
             equal share; see :class:`~peft_xmask.ProfileTraining`. 0: no prior.
         gain_factors: candidates for how far the profile deviates: its gains are multiplied by the factor that does best
-            on examples that were left out, by the mean change of the loss plus one standard error. 0 is no deviation.
-            Where a prior counts, it decides how far the profile goes, and factors above 1 are left out.
+            on examples that were left out, by the mean change of the loss plus one standard error; beside an offset,
+            plus two, since most of what labels say is then said. 0 is no deviation. Beside an offset, and where a prior
+            counts, factors above 1 are left out.
         min_examples: with fewer examples, a person who has an offset gets no mask, unless a prior holds it back or 0 is
-            no candidate. Five examples cannot tell a mask from chance: on people, masks learnt from so few made the
-            loss half as large again as the offset alone.
+            no candidate. A few labels, most of them alike, cannot tell a mask from chance: over random pools, masks
+            made people with 5 or 20 labels worse than their offset alone.
         example_loss: computes the loss of each example from a model's outputs and the batch. None:
             :func:`~peft_xmask.training.evaluation.example_losses`.
 
@@ -58,7 +60,7 @@ class ProfileLearning:
     mask_learning_rate: float = 0.3
     prior_strength: float = 3.0
     gain_factors: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0)
-    min_examples: int = 10
+    min_examples: int = 40
     example_loss: ExampleLoss | None = None
 
     def __post_init__(self) -> None:
@@ -216,9 +218,10 @@ class Learner:
 
     @property
     def _factors(self) -> list[float]:
-        """Candidates for the factor of the gains, in order. With a prior, none that would undo it."""
+        """Candidates for the factor of the gains, in order. With a prior, or beside an offset, none goes further."""
         known = sorted(self.settings.gain_factors)
-        return [factor for factor in known if factor <= 1] or known if self._has_prior else known
+        held = self._has_prior or self._has_offsets
+        return [factor for factor in known if factor <= 1] or known if held else known
 
     def _prior(self, pairs: list[tuple[int, int]], rows: int) -> Tensor:
         """Minus the log prior of every row, by example that it learns from; zero where the pool has none."""
@@ -233,8 +236,8 @@ class Learner:
     ) -> float:
         """The factor of the gains that does best on the examples which each row was not trained on.
 
-        Of the mean change of the loss against the smallest factor, plus one standard error, so that a mask which helps
-        by chance is left out.
+        Of the mean change of the loss against the smallest factor, plus one standard error (beside an offset, two), so
+        that a mask which helps by chance is left out.
         """
         bits, gain_bits = packed
         gains, row_of, places = unpack_halves(gain_bits), 1 + fold_of, torch.arange(len(fold_of))
@@ -244,7 +247,8 @@ class Learner:
             with torch.no_grad():
                 found.append(self._losses(batch, states, row_of, places).double().cpu())
         change = torch.stack(found) - found[0]
-        score = change.mean(1) + change.std(1) / len(places) ** 0.5
+        errors = _ERRORS if self._has_offsets else 1
+        score = change.mean(1) + errors * change.std(1) / len(places) ** 0.5
         return self._factors[int(score.argmin())]
 
     def _losses(self, batch: dict[str, Tensor], states: Tensor | None, rows: Tensor, places: Tensor) -> Tensor:

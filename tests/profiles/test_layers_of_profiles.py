@@ -140,7 +140,7 @@ def test_a_person_is_learnt_with_an_offset(bank):
 
 
 def test_a_person_who_said_little_has_the_offset_alone(bank):
-    """Nine examples cannot tell a mask from chance; without 0 among the factors, a mask is wanted all the same."""
+    """So few examples cannot tell a mask from chance; without 0 among the factors, a mask is wanted all the same."""
     rows = [{**row, "labels": 2} for row in taught.examples(9, {"new": 10}).to_list()]
     few = Learner(taught.base(), bank, ProfileLearning(steps=2)).learn(rows[:9])
     assert not few.gains.any()
