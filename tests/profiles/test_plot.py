@@ -21,7 +21,7 @@ def two_groups(many_profiles) -> ProfileBank:
     bank = ProfileBank.from_model(many_profiles()).select([])
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(2, 2, 3, 20, generator=generator)
-    gains = many_profiles().base_model.table.adapters["default"].pack(torch.randn(1, 120), torch.ones(1, 3))[1][0]
+    gains = many_profiles().base_model.table.adapters["default"].form.pack(torch.randn(1, 120), torch.ones(1, 3))[1][0]
     for number in range(24):
         scores = centres[number % 2] + 0.5 * torch.randn(2, 3, 20, generator=generator)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(10).indices, True)
