@@ -86,13 +86,9 @@ def choose_layers(
         losses = evaluator.losses(profiles.model)
     else:
         gains = unpack_halves(gain_bits)
-
-        def at(factor: float) -> Tensor:
-            profiles.load((bits, pack_halves(gains * factor)))
-            return evaluator.losses(profiles.model)
-
-        below = at(0.0) if offset else shared  # a gain of 0 leaves what all share, and the offset
-        by_strength = [below, *(at(factor) for factor in STRENGTHS[1:])]
+        # a gain of 0 leaves what all share, and the offset
+        below = _losses_at(0.0, profiles, evaluator, bits, gains) if offset else shared
+        by_strength = [below, *(_losses_at(each, profiles, evaluator, bits, gains) for each in STRENGTHS[1:])]
         strength, losses = _strengths(torch.stack(by_strength), counts, evaluator.counts)
         own = _decides(evaluator.counts)
         strength[own & ~(losses < torch.minimum(below, shared))] = 0
@@ -104,6 +100,12 @@ def choose_layers(
     steps = torch.where(chosen, best.step, -1)
     metrics = _metrics(profiles, best, counts, losses, shared, evaluator.counts, steps, strength, has_offset)
     return Choice((bits, gain_bits), metrics, offset_bits)
+
+
+def _losses_at(strength: float, profiles: ProfileModel, evaluator: Evaluator, bits: Tensor, gains: Tensor) -> Tensor:
+    """Validation losses, float64 ``[U]``, of masks whose gains ``[U, S, 1]`` are multiplied."""
+    profiles.load((bits, pack_halves(gains * strength)))
+    return evaluator.losses(profiles.model)
 
 
 def _strengths(losses: Tensor, counts: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
