@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from peft_xmask import BottleneckConfig, XPEFTCallback, XPEFTConfig
+from peft_xmask import BottleneckConfig, XPEFTCallback, XPEFTConfig, as_base
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +96,48 @@ def test_another_profile_is_no_other_graph(loaded, tiny_bert, tiny_batch, tmp_pa
         expected = logits(model, tiny_batch, adapter_names=batch_rows)
         with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
             torch.testing.assert_close(logits(run, tiny_batch, adapter_names=batch_rows), expected)
+
+
+@pytest.fixture(params=[["query"], ["query", r"output.dense"]], ids=["other modules", "the same module"])
+def over_lora(request, tiny_bert):
+    """A tiny model with four profiles over a LoRA that is not merged."""
+    torch.manual_seed(0)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=request.param, init_lora_weights=False)
+    base = as_base(get_peft_model(tiny_bert(), lora, adapter_name="task"))
+    return many(get_peft_model(base, xpeft(num_profiles=4)))
+
+
+def test_training_over_a_lora_gives_the_gradients_of_a_model_that_is_not_compiled(over_lora, tiny_batch):
+    gradients = []
+    for run in (over_lora.train(), compiled(over_lora)):
+        over_lora.zero_grad()
+        run(**tiny_batch, labels=torch.tensor([0, 1, 2, 3]), adapter_names=torch.tensor([3, 1, 1, 0])).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in over_lora.named_parameters() if p.grad is not None})
+    plain, found = gradients
+    assert plain.keys() == found.keys()
+    assert any("logits" in name for name in plain)
+    for key in plain:
+        torch.testing.assert_close(found[key], plain[key])
+
+
+def test_another_profile_over_a_lora_is_no_other_graph(over_lora, tiny_batch):
+    model = over_lora.eval()
+    run = compiled(model)
+    seen = []
+    for step, row in enumerate((2, 0, 3, 1)):
+        model.set_profile(row)
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            seen.append(logits(run, tiny_batch))
+        torch.testing.assert_close(seen[-1], logits(model, tiny_batch))
+    with_lora = logits(model, tiny_batch)
+    model.set_lora([])  # one more graph
+    without = logits(run, tiny_batch)
+    torch.testing.assert_close(without, logits(model, tiny_batch))
+    assert not torch.allclose(without, with_lora)
+    model.set_lora("task")
+    torch.testing.assert_close(logits(run, tiny_batch), with_lora)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(run, tiny_batch), logits(model, tiny_batch))
 
 
 def test_what_a_graph_cannot_check_before_it_asserts(tiny_bert, tiny_batch, tmp_path):

@@ -75,7 +75,9 @@ def test_there_were_two_processes_that_spoke_gloo(together):
         assert (facts["backend"], facts["processes"]) == ("gloo", 2)
 
 
-@pytest.mark.parametrize("name", ["hard", "soft", "bottleneck", "masked", "over weights", "accumulated"])
+@pytest.mark.parametrize(
+    "name", ["hard", "soft", "bottleneck", "masked", "over weights", "accumulated", "hard, over a LoRA"]
+)
 def test_two_processes_train_what_one_does(name, together, alone, script):
     """Each process started from other random masks: DDP sends those of the first."""
     config = "hard" if name == "accumulated" else name
@@ -84,9 +86,9 @@ def test_two_processes_train_what_one_does(name, together, alone, script):
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, atol=1e-5, rtol=1e-4, msg=key)
-    again = PeftModel.from_pretrained(script.base(), together / "rank0" / name)
+    again = PeftModel.from_pretrained(script.base(config), together / "rank0" / name)
     torch.testing.assert_close(script.logits(again), script.logits(model), atol=1e-5, rtol=1e-4)
-    if config == "hard":
+    if config.startswith("hard"):
         first, second = (load_file(place / ADAPTER) for place in (folder, together / "rank0" / name))
         assert torch.equal(first[script.BITS], second[script.BITS])
 
@@ -105,6 +107,8 @@ def test_two_processes_train_what_one_does(name, together, alone, script):
         "static-noisy",
         "static-masked",
         "static-over weights",
+        "hard, over a LoRA",
+        "static-hard, over a LoRA",
     ],
 )
 def test_both_processes_hold_the_same(name, together):
@@ -118,7 +122,7 @@ def test_a_resumed_run_ends_as_the_whole_one(together):
 
 def test_only_the_first_process_writes(together):
     """The second has a folder of its own: what it would have written is not there."""
-    wanted = {"hard", "soft", "bottleneck", "masked", "over weights", "accumulated", "resumed"}
+    wanted = {"hard", "soft", "bottleneck", "masked", "over weights", "accumulated", "resumed", "hard, over a LoRA"}
     for rank, expected in ((0, wanted), (1, set())):
         folder = together / f"rank{rank}"
         assert {path.parent.name for path in folder.glob(f"*/{ADAPTER}")} == expected
@@ -129,7 +133,7 @@ def test_only_the_first_process_writes(together):
     assert not list(together.rglob("*.tmp"))
 
 
-@pytest.mark.parametrize("config", ["hard", "bottleneck", "masked", "over weights"])
+@pytest.mark.parametrize("config", ["hard", "bottleneck", "masked", "over weights", "hard, over a LoRA"])
 def test_a_static_graph_without_a_search_for_unused_parameters(config, together, script):
     """Each process starts from other values, and DDP sends those of the first: not those in the base's parameters."""
     found = of_rank(together, 0, f"static-{config}")

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
-from peft_xmask.errors import MaskMismatchError, MergeError, TargetError
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig, as_base
+from peft_xmask.errors import BaseMismatchError, MaskMismatchError, MergeError, TargetError
 from peft_xmask.integrations import export_lora
 from peft_xmask.tuners.magnitude_mask.quantised import dequantised_weight
 
@@ -231,6 +231,49 @@ def test_a_profile_moves_between_the_whole_and_the_quantised_base(base, whole, b
     here.save_pretrained(tmp_path / "of the quantised")
     moved = PeftModel.from_pretrained(whole(), tmp_path / "of the quantised")
     assert moved.peft_config["default"].base_fingerprint == fingerprint
+
+
+@pytest.mark.parametrize("config", ["xpeft", "bottleneck"])
+def test_an_adapter_over_a_lora_of_a_quantised_base(config, base, batch, tmp_path):
+    """Masks over a frozen QLoRA, which is known by its own fingerprint: such a base has none."""
+    torch.manual_seed(0)
+    qlora = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"], lora_dropout=0.1)
+    trained = get_peft_model(base.load(), qlora)
+    train(trained, batch)
+    trained.save_pretrained(tmp_path / "lora")
+
+    def load() -> PeftModel:
+        return PeftModel.from_pretrained(base.load(), tmp_path / "lora", adapter_name="task")
+
+    of_lora = logits(load(), batch)
+    assert not torch.equal(of_lora, logits(base.load(), batch))
+    model = get_peft_model(as_base(load()), CONFIGS[config]())
+    before = bytes_of_base(model)
+    losses = train(model, batch)
+    assert sum(losses[-2:]) < sum(losses[:2])
+    assert all(torch.equal(a, b) for a, b in zip(before, bytes_of_base(model), strict=True))
+    found = logits(model, batch)
+    assert not torch.equal(found, of_lora)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, batch), of_lora)
+    model.set_lora([])
+    assert not torch.equal(logits(model, batch), found)
+    model.set_lora("task")
+
+    model.save_pretrained(tmp_path / "masks")
+    assert model.peft_config["default"].base_fingerprint.startswith("+")
+    assert torch.equal(logits(PeftModel.from_pretrained(as_base(load()), tmp_path / "masks"), batch), found)
+    other = load()
+    with torch.no_grad():
+        other.base_model.model.model.layers[0].mlp.down_proj.lora_A["task"].weight.neg_()
+    for wrong in (base.load(), as_base(other)):
+        with pytest.raises(BaseMismatchError, match="LoRA beneath"):
+            PeftModel.from_pretrained(wrong, tmp_path / "masks")
+
+    with pytest.raises(MergeError, match=r"with a LoRA beneath|quantised"):
+        model.merge_adapter()
+    assert torch.equal(logits(model, batch), found)
+    assert torch.equal(logits(model.unload(), batch), of_lora)
 
 
 def masked(**fields) -> MagnitudeMaskConfig:

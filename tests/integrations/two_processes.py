@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -29,12 +29,20 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTCallback, XPEFTConfig
+from peft_xmask import (
+    BottleneckConfig,
+    MagnitudeMaskConfig,
+    WeightAdapterConfig,
+    XPEFTCallback,
+    XPEFTConfig,
+    as_base,
+)
 from peft_xmask.errors import PeftXMaskError
 
 GLOBAL_BATCH = 8
 STEPS = 6
 BITS = "base_model.model.mask_table.xpeft_bits.weight"
+OVER_LORA = "hard, over a LoRA"
 SIZES = dict(task_type="CAUSAL_LM", bottleneck_size=4, modules_to_save=["lm_head"])
 CONFIGS = {
     "hard": lambda: XPEFTConfig(**SIZES, num_adapters=20),
@@ -47,7 +55,13 @@ CONFIGS = {
     "over weights": lambda: WeightAdapterConfig(
         task_type="CAUSAL_LM", target="weight", r=4, init_weights=False, modules_to_save=["lm_head"]
     ),
+    OVER_LORA: lambda: XPEFTConfig(**SIZES, num_adapters=20),
 }
+
+LLAMA = LlamaConfig(
+    vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+    max_position_embeddings=32, pad_token_id=0,
+)  # fmt: skip
 
 
 class Rows(torch.utils.data.Dataset):
@@ -63,18 +77,18 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def base() -> nn.Module:
+def base(config: str = "hard") -> nn.Module:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
-        max_position_embeddings=32, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(LLAMA).eval()
+    if config != OVER_LORA:
+        return model
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    return as_base(get_peft_model(model, lora, adapter_name="task"))
 
 
 def adapted(config: str, rank: int = 0) -> PeftModel:
     """A model that starts differently in each process, as with an unset seed: the processes have to agree on one."""
-    model = base()
+    model = base(config)
     torch.manual_seed(1 + rank)
     return get_peft_model(model, CONFIGS[config]())
 
@@ -100,7 +114,7 @@ def train(config: str, folder: Path, *, accumulate: int = 1, resume: Path | None
         logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, ddp_find_unused_parameters=False, seed=3,
     )  # fmt: skip
     model = adapted(config, rank)
-    callbacks = [XPEFTCallback(resume_from=resume)] if config in ("hard", "soft", "noisy") else []
+    callbacks = [XPEFTCallback(resume_from=resume)] if isinstance(CONFIGS[config](), XPEFTConfig) else []
     trainer = Trainer(model, arguments, train_dataset=Rows(), callbacks=callbacks)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model()
@@ -212,13 +226,13 @@ def main(folder: Path) -> None:
     def keep(name: str, found: dict[str, torch.Tensor]) -> None:
         save_file(found, str(mine / f"{name}.safetensors"))
 
-    for config in ("hard", "soft", "bottleneck", "masked", "over weights"):
+    for config in ("hard", "soft", "bottleneck", "masked", "over weights", OVER_LORA):
         keep(config, trained(train(config, mine / config, rank=rank)))
     state.wait_for_everyone()
     checkpoint = folder / "rank0" / "hard" / "checkpoint-3"
     keep("resumed", trained(train("hard", mine / "resumed", resume=checkpoint, rank=rank)))
     keep("accumulated", trained(train("hard", mine / "accumulated", accumulate=2, rank=rank)))
-    for config in ("hard", "noisy", "bottleneck", "masked", "over weights"):
+    for config in ("hard", "noisy", "bottleneck", "masked", "over weights", OVER_LORA):
         keep(f"static-{config}", static_graph(config, rank))
     for config in ("hard", "bottleneck"):
         keep(f"sharded-{config}", sharded(config, folder / f"sharded-{config}", rank))
