@@ -53,7 +53,7 @@ def export_lora(model: nn.Module, path: str | os.PathLike[str], adapter_name: st
         )
     changes = {}
     for name, layer in sites:
-        if reason := layer.why_not_linear(adapter_name):
+        if reason := layer.why_no_lora(adapter_name):
             raise MergeError(f"Cannot export '{name}' as a LoRA: {reason}")
         changes[name] = layer.linear_change(adapter_name)
     saved = get_peft_model_state_dict(model, adapter_name=adapter_name)

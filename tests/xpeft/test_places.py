@@ -1,11 +1,13 @@
 """Adapters at modules that are not linear: convolutions and embeddings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig
+from peft_xmask import BottleneckConfig, MagnitudeMaskConfig, WeightAdapterConfig, XPEFTConfig, export_lora
 from peft_xmask.errors import MergeError, TargetError
 from peft_xmask.tuners.sites.layer import SiteLayer
 
@@ -135,13 +137,118 @@ def test_a_parallel_adapter_is_refused(config, place, why):
         get_peft_model(base(), config(target_modules=[place], insertion_form="parallel"))
 
 
+LINEAR = {
+    "xpeft": XPEFTConfig(num_adapters=20, bottleneck_size=4, scale=1.0, activation="identity"),
+    "bottleneck": CONFIGS["linear bottleneck"],
+}
+
+
+def linear(kind: str, model: nn.Module, *places: str) -> PeftModel:
+    """A linear adapter, with biases if it is a bottleneck adapter."""
+    torch.manual_seed(2)
+    model = get_peft_model(model, replace(LINEAR[kind], target_modules=set(places))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "bias" in name:
+                parameter.normal_()
+    return model
+
+
+def of_one_group() -> nn.Module:
+    model = base()
+    torch.manual_seed(3)
+    model.wide = nn.ConvTranspose1d(8, 6, 4, stride=2, padding=1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("places", [*([place] for place in PLACES), PLACES], ids=" ".join)
+def test_linear_adapters_are_merged(kind, places, tmp_path):
+    model = linear(kind, of_one_group(), *places)
+    own, found = run(of_one_group()), run(model)
+    assert not torch.allclose(found, own, atol=1e-3)
+    model.merge_adapter(safe_merge=True)
+    merged = run(model)
+    torch.testing.assert_close(merged, found, atol=1e-5, rtol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(run(model), found)
+    plain = model.merge_and_unload()
+    assert type(plain.plane) is nn.Conv2d
+    assert torch.equal(run(plain), merged)
+
+
 @pytest.mark.parametrize("place", PLACES)
-def test_merging_is_refused(place):
-    model = adapted("linear bottleneck", place)
-    before = model(TOKENS)
-    with pytest.raises(MergeError, match="convolutions, embeddings and experts are not merged into"):
-        model.merge_adapter()
-    assert torch.equal(model(TOKENS), before)
+def test_the_change_of_the_weight_is_what_merging_adds(place):
+    model = linear("xpeft", of_one_group(), place)
+    layer: SiteLayer = model.base_model.model.get_submodule(place)
+    before, delta = layer.weight.clone(), layer.get_delta_weight("default")
+    model.merge_adapter()
+    torch.testing.assert_close(layer.weight - before, delta, atol=1e-6, rtol=1e-5)
+
+
+class Scaled(nn.Embedding):
+    """As the word embeddings of Gemma."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * 3
+
+
+def tied() -> nn.Module:
+    model = base()
+    model.head = nn.Linear(4, 4)
+    model.other = nn.Linear(4, 4)
+    model.other.weight = model.head.weight
+    return model
+
+
+def changed(**modules: nn.Module) -> nn.Module:
+    model = base()
+    for name, module in modules.items():
+        setattr(model, name, module)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "place", "why"),
+    [
+        (base, "wide", "a ConvTranspose1d of 2 groups"),
+        (lambda: changed(embed=Scaled(20, 6)), "embed", "a Scaled, which computes its output in another way"),
+        (lambda: changed(embed=nn.Embedding(20, 6, max_norm=1.0)), "embed", "Embedding with max_norm"),
+        (lambda: changed(narrow=nn.Conv1d(6, 8, 3, stride=2, padding=1, bias=False)), "narrow", "biases"),
+        (tied, "head", r"that of 'other' \(tied weights\)"),
+    ],
+)
+def test_what_a_weight_cannot_hold_is_refused_before_anything_changes(build, place, why):
+    model = linear("bottleneck", build(), "plane", place)
+    before, state = run(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(MergeError, match=rf"Cannot merge into '{place}': .*{why}"):
+            merge()
+    assert torch.equal(run(model), before)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_only_the_adapters_that_are_merged_are_checked():
+    model = linear("xpeft", base(), "plane")
+    model.add_adapter("grouped", replace(LINEAR["xpeft"], target_modules={"plane", "wide"}))
+    found = run(model)
+    with pytest.raises(MergeError, match="groups"):
+        model.merge_adapter(adapter_names=["grouped"])
+    assert torch.equal(run(model), found)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    model.set_adapter("grouped")
+    torch.testing.assert_close(run(model.merge_and_unload(adapter_names=["default"])), found, atol=1e-5, rtol=1e-5)
+
+
+def test_no_lora_at_an_embedding(tmp_path):
+    """PEFT has one, of another form than that of a linear layer."""
+    model = linear("xpeft", base(), "embed")
+    assert not model.base_model.model.embed.supports_lora_conversion()
+    with pytest.raises(
+        MergeError, match="Cannot export 'embed' as a LoRA: its module is no linear layer but Embedding"
+    ):
+        export_lora(model, tmp_path / "lora")
 
 
 def test_other_modules_are_refused_and_the_error_names_methods_that_take_them():

@@ -18,6 +18,7 @@ from ...errors import ConfigError, FileFormatError, TargetError
 from ..base.calls import worth_adapting
 from ..base.config import TargetConfig
 from ..base.experts import is_fused_experts
+from ..base.owners import Owners
 from ..base.peft_private import AuxiliaryTrainingWrapper, BaseTunerLayer, set_adapter
 from ..base.tuner import TargetTuner
 from ..sites.places import module_widths
@@ -177,7 +178,7 @@ class InPlaceTuner(TargetTuner):
                 f"The base model has an attribute '{TABLE}' of its own ({type(present).__name__}), where adapters keep "
                 "what they add. Wrap the model in another module."
             )
-        owners = _owners(model)
+        owners = Owners(model)
         for (name, layer), own in zip(found, names, strict=True):
             if not own:
                 raise TargetError(
@@ -200,7 +201,7 @@ class InPlaceTuner(TargetTuner):
                         f"The {parameter_name} of '{name}' is on the meta device: there are no values to start from. "
                         "Load the base's weights first (low_cpu_mem_usage concerns the adapter's alone)."
                     )
-                others = sorted(owner for owner in owners[id(parameter)] if not _same_module(owner, name))
+                others = owners.besides(name, parameter)
                 if others:
                     raise TargetError(
                         f"The {parameter_name} of '{name}' is shared with '{others[0]}' (tied weights): changed in "
@@ -361,18 +362,6 @@ def _modules_in_lists(names: dict[str, set[str]]) -> str:
     """A regular expression of modules by the name of a list and their own names (escaped) behind its index."""
     lists = (rf"{re.escape(owner)}\.\d+\.(?:{'|'.join(sorted(rests))})" for owner, rests in sorted(names.items()))
     return rf"(?:.*\.)?(?:{'|'.join(lists)})"
-
-
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Names of the modules that hold each parameter, by its id."""
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name.rpartition(".")[0])
-    return owners
-
-
-def _same_module(owner: str, name: str) -> bool:
-    return owner.removesuffix(".base_layer") == name
 
 
 def parameter_names(module: nn.Module, *, bias: bool) -> list[str]:

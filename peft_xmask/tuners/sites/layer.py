@@ -20,6 +20,7 @@ from ...errors import FileFormatError, MergeError, TargetError
 from ..base.layer import TargetLayer
 from ..base.mixed_batch import examples_by_name
 from ..base.peft_private import check_adapters_to_merge
+from .matrix import in_shape_of_weight, matrix_of, why_no_matrix
 from .places import device_of, place_of
 
 
@@ -126,36 +127,29 @@ class SiteLayer(TargetLayer):
 
     def why_not_mergeable(self, adapter_names: list[str]) -> str | None:
         """Why these adapters cannot be merged into this module's weight, or None if they can."""
+        names = [name for name in adapter_names if self.form(name) is not None]
+        if names and (kind := self._why_no_matrix()):
+            return f"it is {kind}. Use the adapter unmerged."
         base = self.get_base_layer()
-        if kind := self._not_plain():
-            return (
-                f"it is not a linear layer whose weight is one plain tensor ({kind}): merging would round a quantised "
-                "weight, change a part of a sharded one, and be lost in a computed one; convolutions, embeddings and "
-                "experts are not merged into. Use the adapter unmerged."
-            )
-        for name in adapter_names:
-            if self.form(name) is None:
-                continue
+        for name in names:
             if reason := self.why_not_linear(name):
                 return reason
+            if isinstance(base, nn.Embedding):
+                continue  # a constant goes to every row
             if base.bias is None and self._change_to_merge(name).constant is not None:
                 return f"adapter '{name}' has biases and the module has none to add them to. Use the adapter unmerged."
         return None
 
-    def _not_plain(self) -> str | None:
-        """The kind of weight of a module whose weight is not a tensor of plain numbers, else None."""
+    def _why_no_matrix(self) -> str | None:
         base = self.get_base_layer()
         if base is not self.base_layer:
-            return f"{type(base).__name__} with a LoRA beneath the adapter"
-        if not isinstance(base, (nn.Linear, Conv1D)):
-            return type(base).__name__
-        plain = type(base.weight) in (Tensor, nn.Parameter) and base.weight.is_floating_point()
-        if plain and "weight" not in base._parameters:
-            return f"{type(base).__name__}, computed from other parameters"
-        return None if plain else type(base.weight).__name__
+            return f"a {type(base).__name__} with a LoRA beneath the adapter"
+        return why_no_matrix(base)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add linear adapters to the module's weight: ``W + up down`` (parallel) or ``W + up down W`` (sequential).
+
+        W is the matrix of a linear layer, of a convolution or of an embedding, see :mod:`.matrix`.
 
         The old weight is kept until :meth:`unmerge`, which restores it bit for bit.
 
@@ -190,7 +184,8 @@ class SiteLayer(TargetLayer):
 
     def _weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         base: Any = self.get_base_layer()
-        return base.weight.data, None if base.bias is None else base.bias.data
+        bias = getattr(base, "bias", None)  # an embedding has none
+        return base.weight.data, None if bias is None else bias.data
 
     def _put_back(self, weight: Tensor, bias: Tensor | None) -> None:
         base: Any = self.get_base_layer()
@@ -204,14 +199,13 @@ class SiteLayer(TargetLayer):
         assert form is not None
         if form.insertion_form == "parallel":
             return parallel_change(pair)
-        if kind := self._not_plain():
+        if kind := self._why_no_matrix():
             raise MergeError(
-                f"Adapter '{name}' reads the output of a module that is not a linear layer with a plain weight "
-                f"({kind}), and cannot be written as a map of its input. On a quantised or sharded linear layer use "
-                'insertion_form="parallel", elsewhere the adapter as it is.'
+                f"Adapter '{name}' reads the output of a module that is {kind}, so it is no map of the module's input. "
+                'On a quantised or sharded linear layer use insertion_form="parallel", elsewhere the adapter as it is.'
             )
         weight, bias = self._before_merge or self._weight_and_bias()
-        return sequential_change(pair, weight.T if isinstance(self.get_base_layer(), Conv1D) else weight, bias)
+        return sequential_change(pair, matrix_of(self.get_base_layer(), weight), bias)
 
     def _change_to_merge(self, name: str) -> LinearChange:
         try:
@@ -219,27 +213,33 @@ class SiteLayer(TargetLayer):
         except FileFormatError as error:  # masks of numbers that are not finite
             raise MergeError(f"{_broken(name)} {error}") from error
 
+    def why_no_lora(self, adapter_name: str) -> str | None:
+        """Why the adapter cannot be written as a LoRA of a linear layer, or None if it can."""
+        if not isinstance(self.get_base_layer(), (nn.Linear, Conv1D)):
+            return f"its module is no linear layer but {type(self.get_base_layer()).__name__}."
+        return self.why_not_linear(adapter_name)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's ``convert_to_lora`` can take this adapter: it is linear and adds no constant."""
-        if self.form(adapter_name) is None or self.why_not_linear(adapter_name) is not None or self._not_plain():
+        if self.form(adapter_name) is None or self.why_no_lora(adapter_name) or self._why_no_matrix():
             return False
-        return self.linear_change(adapter_name)[2] is None
+        return self.linear_change(adapter_name).constant is None
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """What a linear adapter adds to the module's weight: ``up down``, in the shape of that weight.
+        """What a linear adapter adds to the module's weight, in the shape of that weight; its constant is left out.
 
         Raises:
-            MergeError: the adapter is not linear.
+            MergeError: the adapter is not linear, or reads the output of a module that is not.
         """
         if reason := self.why_not_linear(adapter_name):
             raise MergeError(f"Expected an adapter that is a change of the weight, found another one: {reason}")
         down, up, _ = self.linear_change(adapter_name)
-        delta = up @ down
-        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+        return in_shape_of_weight(self.get_base_layer(), up @ down)
 
     def _merged(self, name: str, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         down, up, constant = self._change_to_merge(name)
         delta = up @ down
-        turned = isinstance(self.get_base_layer(), Conv1D)
-        merged = (weight + (delta.T if turned else delta).to(weight.device)).to(weight.dtype)
+        if constant is not None and isinstance(self.get_base_layer(), nn.Embedding):
+            delta, constant = delta + constant.unsqueeze(1), None
+        merged = (weight + in_shape_of_weight(self.get_base_layer(), delta).to(weight.device)).to(weight.dtype)
         return merged, bias if bias is None or constant is None else (bias + constant.to(bias.device)).to(bias.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...core.sites import Site
 from ...errors import MergeError, TargetError
+from ..base.owners import Owners
 from ..base.targets import FFN_OUTPUT
 from ..base.tuner import TargetTuner
 from .config import SiteConfig
@@ -64,12 +65,37 @@ class SiteTuner(TargetTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)  # type: ignore[no-untyped-call]
 
-    def _check_merge_allowed(self) -> None:
-        """Reject a merge that would not be exact, before any weight is changed."""
-        super()._check_merge_allowed()
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As in PEFT; a merge that would not be exact is refused before any weight is changed."""
+        self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        if merge:
+            self._check_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
+        """Refuse adapters, by default the active ones, that some module's weight cannot hold.
+
+        Raises:
+            MergeError: as :meth:`SiteLayer.merge`, or the weight is that of another module too.
+        """
+        names = self.active_adapters if adapter_names is None else adapter_names
+        owners = Owners(self.model)
         for name, module in self.model.named_modules():
-            if isinstance(module, SiteLayer) and (reason := module.why_not_mergeable(self.active_adapters)):
+            if not isinstance(module, SiteLayer) or all(module.form(each) is None for each in names):
+                continue
+            if reason := module.why_not_mergeable(names):
                 raise MergeError(f"Cannot merge into '{name}': {reason}")
+            base: Any = module.get_base_layer()
+            if others := owners.besides(name, base.weight):
+                raise MergeError(
+                    f"Cannot merge into '{name}': its weight is also that of '{others[0]}' (tied weights), where the "
+                    "adapter is not. Load the base with tie_word_embeddings=False, or use the adapter unmerged."
+                )
 
 
 def _is_meta(layer: nn.Module) -> bool:

@@ -1,0 +1,20 @@
+"""Which modules hold a parameter: more than one where weights are tied."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import Tensor, nn
+
+
+class Owners:
+    """The modules of a model that hold each of its parameters, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names[id(parameter)].append(name.rpartition(".")[0].removesuffix(".base_layer"))
+
+    def besides(self, module_name: str, parameter: Tensor) -> list[str]:
+        """Names of the other modules that hold a module's parameter, sorted; an adapted module has its own name."""
+        return sorted(name for name in self._names[id(parameter)] if name != module_name)
