@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 
 from ..bank.bank import ProfileBank
@@ -23,11 +22,14 @@ from ..integrations.pooled_classifier import (
     load_tokenizer,
 )
 from ..pool import AdapterPool
+from ..training.evaluation import label_losses
+from ..training.offset_prior import VARIANCES, likeliest_variance
+from ..training.offsets import SharedOutputs, fit_offsets
 from ..tuners.base.classifier import Classifier
 from .common import SharedStates, fit_head
 from .examples import PeopleExamples, Row, by_length, encode_texts, inputs_of
 from .masks import fit_directions, train_masks
-from .offsets import choose_variance, fit_offsets, losses, without_offsets
+from .offsets import without_offsets
 from .report import Layer, few_of, layer_of
 from .settings import Execution, PersonalizeSettings
 from .strength import choose_strength
@@ -94,7 +96,6 @@ class ClassifierRun:
             self.settings,
             how,
             processing_class=self.tokenizer,
-            example_loss=_multi_label_losses if self.table.task == "multi-label" else None,
         )
 
     def train(self, how: Execution) -> ProfileBank:
@@ -133,7 +134,7 @@ class ClassifierRun:
         added = {part: torch.zeros(len(each), count) for part, each in rows.items()}
         for number in range(_ROUNDS):
             parts = [(states[part], self.targets[part], added[part]) for part in ("train", "validation")]
-            fit_head(self.model, self.table.task, *parts)
+            fit_head(self.model, *parts)
             with torch.no_grad():
                 self.common = {part: self.model.classifier(each).float() for part, each in states.items()}
             if number == 0:
@@ -153,7 +154,6 @@ class ClassifierRun:
             how,
             processing_class=self.tokenizer,
             head="frozen",
-            example_loss=_multi_label_losses if self.table.task == "multi-label" else None,
         )
         head = Classifier(self.table.labels, "mean", self.settings.max_length, PROBLEMS[self.table.task])
         bank.config.classifier = head.to_fields()
@@ -195,14 +195,14 @@ class ClassifierRun:
 
     def _offsets(self, logits: Mapping[str, Tensor], variance: float | None) -> tuple[float, Tensor]:
         """The prior's variance, chosen unless it is given, and offsets as they are stored."""
-        task, mine = self.table.task, self.examples.mine("train")
-        train = logits["train"][mine], self.targets["train"][mine], self.examples.numbers["train"][mine]
+        mine = self.examples.mine("train")
+        shared, rows = SharedOutputs(logits["train"], self.targets["train"])[mine], self.examples.numbers["train"][mine]
         if variance is None:
-            variance = choose_variance(task, *train)
-        return variance, unpack_halves(pack_halves(fit_offsets(task, *train, len(self.people), variance)))
+            variance = likeliest_variance(shared, rows, (0.0, *VARIANCES)) if len(rows) else 0.0
+        return variance, unpack_halves(pack_halves(fit_offsets(shared, rows, len(self.people), variance)))
 
     def _losses(self, logits: Tensor, offsets: Tensor, part: str) -> Tensor:
-        return losses(self.table.task, logits + self._added(offsets, part), self.targets[part])
+        return label_losses(logits + self._added(offsets, part), self.targets[part])
 
     @torch.no_grad()
     def _logits(self, bank: ProfileBank, parts: Sequence[str]) -> dict[str, Tensor]:
@@ -232,11 +232,6 @@ def _targets(table: PeopleTable, rows: Sequence[Mapping[str, Any]]) -> Tensor:
     if table.task == "multi-label":
         return torch.tensor(values, dtype=torch.float).view(len(rows), len(table.labels))
     return torch.tensor(values, dtype=torch.float if table.task == "regression" else torch.long)
-
-
-def _multi_label_losses(outputs: Any, batch: Any) -> Tensor:
-    labels = batch["labels"].float()
-    return F.binary_cross_entropy_with_logits(outputs.logits.float(), labels, reduction="none").mean(1)
 
 
 def _constant(table: PeopleTable) -> Tensor:

@@ -12,9 +12,9 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..integrations.pooled_classifier import MeanPooledClassifier
 from ..pool import AdapterPool
+from ..training.evaluation import label_losses
 from ..tuners.xpeft import XPEFTConfig
 from .examples import Row, by_length, inputs_of
-from .offsets import losses
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)
 """Candidates for the weight of the head's squared norm, for features of unit variance."""
@@ -72,7 +72,6 @@ class SharedStates:
 
 def fit_head(
     model: MeanPooledClassifier,
-    task: str,
     train: tuple[Tensor, Tensor, Tensor],
     held_out: tuple[Tensor, Tensor, Tensor],
 ) -> None:
@@ -80,20 +79,20 @@ def fit_head(
 
     Args:
         model: whose ``classifier`` is set.
-        task: see :func:`~peft_xmask.people.offsets.losses`.
-        train: states ``[n, d]``, targets, and what is added to the outputs of each example, ``[n, C]``.
+        train: states ``[n, d]``, labels (see :func:`~peft_xmask.training.evaluation.label_losses`), and what is added
+            to the outputs of each example, ``[n, C]``.
         held_out: the same for other examples; if there are none, the second largest penalty is used.
     """
     states, targets, added = train
     mean, scale = states.mean(0), states.std(0).clamp_min(1e-6)
     best, chosen = float("inf"), None
     for penalty in PENALTIES if len(held_out[0]) else PENALTIES[-2:-1]:
-        weight, bias = _fit((states - mean) / scale, targets, added, task, penalty)
+        weight, bias = _fit((states - mean) / scale, targets, added, penalty)
         weight = weight / scale
         bias = bias - weight @ mean
         loss = 0.0
         if len(held_out[0]):
-            loss = float(losses(task, held_out[0] @ weight.T + bias + held_out[2], held_out[1]).mean())
+            loss = float(label_losses(held_out[0] @ weight.T + bias + held_out[2], held_out[1]).mean())
         if loss < best:
             best, chosen = loss, (weight, bias)
     assert chosen is not None
@@ -102,16 +101,17 @@ def fit_head(
         model.classifier.bias.copy_(chosen[1])
 
 
-def _fit(states: Tensor, targets: Tensor, added: Tensor, task: str, penalty: float) -> tuple[Tensor, Tensor]:
+def _fit(states: Tensor, targets: Tensor, added: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
     outputs = added.shape[1]
     weight = torch.zeros(outputs, states.shape[1], requires_grad=True)
-    start = targets.mean().expand(outputs) if task == "regression" else torch.zeros(outputs)
+    value = targets.is_floating_point() and targets.dim() == 1
+    start = targets.mean().expand(outputs) if value else torch.zeros(outputs)
     bias = start.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     def objective() -> Tensor:
         optimizer.zero_grad()
-        total = losses(task, states @ weight.T + bias + added, targets).mean() + penalty * (weight**2).sum()
+        total: Tensor = label_losses(states @ weight.T + bias + added, targets).mean() + penalty * (weight**2).sum()
         total.backward()  # type: ignore[no-untyped-call]
         return total
 

@@ -14,11 +14,10 @@ from ..bank.bank import ProfileBank
 from ..bank.live import LiveBank
 from ..bank.profile import Profile
 from ..bank.serving import put_in_place
-from ..core.packing import pack_halves
 from ..training.learn import Learner, ProfileLearning
-from .offsets import fit_offsets, without_offsets
+from .offsets import without_offsets
 from .predictor import Prediction, Predictor
-from .table import PROBLEMS, of_person
+from .table import of_person
 
 
 class LivePredictor(Predictor):
@@ -76,49 +75,14 @@ class LivePredictor(Predictor):
         encoded = self.tokenizer([text for text, _ in rows], truncation=True, max_length=self.max_length)
         columns = [dict(zip(encoded, values, strict=True)) for values in zip(*encoded.values(), strict=True)]
         labels = [label for _, label in rows]
-        if self._learns_offsets:
-            profile = self.learner().learn(
-                [{**row, "labels": label} for row, label in zip(columns, labels, strict=True)]
-            )
-        else:
-            profile = self._beside_offset([text for text, _ in rows], columns, labels)
+        profile = self.learner().learn([{**row, "labels": label} for row, label in zip(columns, labels, strict=True)])
         self.live.put(name, profile)
         return profile
-
-    @property
-    def _learns_offsets(self) -> bool:
-        """Whether the learner fits the offset as well: a mask of classes is then for what the offset leaves."""
-        return self.live.kind.offset_count is not None and self.head.problem_type == PROBLEMS["classification"]
-
-    def _beside_offset(self, texts: Sequence[str], columns: Sequence[dict[str, Any]], labels: list[Any]) -> Profile:
-        """A profile whose offset is fitted here: of values, or of labels of which a text may have several."""
-        offset = self._offset(texts, labels)
-        if offset is not None and self.head.problem_type == "regression":
-            labels = [label - float(offset) for label in labels]  # the mask is for what the offset leaves
-        profile = self.learner().learn([{**row, "labels": label} for row, label in zip(columns, labels, strict=True)])
-        return Profile(profile.bits, profile.gain_bits, None if offset is None else pack_halves(offset))
-
-    def _offset(self, texts: Sequence[str], labels: Sequence[Any]) -> Tensor | None:
-        """The offset fitted to labelled texts over the common part, ``[C]``; None if the bank has no offsets."""
-        if self.live.kind.offset_count is None:
-            return None
-        task = next(task for task, problem in PROBLEMS.items() if problem == self.head.problem_type)
-        facts = self.live.kind.config.training or {}
-        nobody = torch.full((len(texts),), -1)
-        logits = torch.cat([*self._logits(texts, nobody, len(texts))]).clone()
-        rows = torch.zeros(len(texts), dtype=torch.long)
-        kind = torch.long if task == "classification" else torch.float
-        variance = float(facts.get("offset_variance", 0.3))
-        return fit_offsets(task, logits, torch.tensor(labels, dtype=kind), rows, 1, variance)[0]
 
     def learner(self) -> Learner:
         """The learner, made when it is first needed."""
         if self._learner is None:
-            bank = self.bank if self._learns_offsets else without_offsets(self.bank)
-            self._learner = Learner(
-                self.model, bank, self._learning, processing_class=self.tokenizer,
-                has_offsets=self.live.kind.offset_count is not None,
-            )  # fmt: skip
+            self._learner = Learner(self.model, self.bank, self._learning, processing_class=self.tokenizer)
         return self._learner
 
     def forget(self, name: str) -> None:

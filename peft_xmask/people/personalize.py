@@ -50,7 +50,7 @@ def personalize(
 
     Layers come one after another, and each is kept only where held-out examples say that it helps. The common part
     costs a person nothing: a head on the base's mean hidden states, or for a language model an adapter that is always
-    on. With labels, an offset is then added to the head's outputs (:mod:`~peft_xmask.people.offsets`). A mask changes
+    on. With labels, an offset is then added to the head's outputs (:mod:`~peft_xmask.training.offsets`). A mask changes
     the hidden states. Masks are kept, at one strength for all people, if they lower the validation loss by more than
     its standard error; otherwise their gains are zero.
 

@@ -163,7 +163,7 @@ def _label_names(task: str, raw: Sequence[Any], column: str) -> tuple[str, ...]:
             raise FileFormatError(f"Expected different numbers in column '{column}', found {raw[0]} in every row.")
         return (column,)
     names = {name for label in raw for name in (label if task == "multi-label" else (label,))}
-    if len(names) < (1 if task == "multi-label" else 2):
+    if len(names) < 2:
         raise FileFormatError(f"Expected at least two different labels in column '{column}', found {sorted(names)}.")
     try:
         return tuple(sorted(names, key=int))

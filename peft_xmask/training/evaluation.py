@@ -17,12 +17,29 @@ ExampleLoss = Callable[[Any, Any], Tensor]
 """Called with a model's outputs and the batch; gives a loss for each example, ``[B]``, lower being better."""
 
 
+def label_losses(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Loss of each example, ``[n]``, by the form of its label.
+
+    - A class, long ``[n]``: cross-entropy in nats of logits ``[n, C]``.
+    - A value, float ``[n]``: squared error of outputs ``[n, 1]``.
+    - Several labels, float ``[n, C]``, 1 where a label applies, else 0: binary cross-entropy in nats of logits
+      ``[n, C]``, the sum over the labels.
+    """
+    outputs = outputs.float()
+    if not labels.is_floating_point():
+        return F.cross_entropy(outputs, labels, reduction="none")
+    if labels.dim() == 2:
+        return F.binary_cross_entropy_with_logits(outputs, labels.float(), reduction="none").sum(1)
+    squared: Tensor = (outputs.view(-1) - labels.float()) ** 2
+    return squared
+
+
 def example_losses(outputs: Any, batch: Any, *, causal: bool = False) -> Tensor:
     """Loss of each example of a batch, from ``outputs.logits`` and ``batch["labels"]``.
 
-    Whole-numbered labels: mean cross-entropy in nats over an example's labels that are not -100; ``logits [B, C]`` with
-    ``labels [B]``, or ``logits [B, T, C]`` with ``labels [B, T]`` (``causal``: position t predicts label t + 1).
-    Real-numbered labels ``[B]``: squared error of ``logits [B, 1]``.
+    With ``logits [B, C]`` and ``labels [B]`` or ``[B, C]``: :func:`label_losses`. With ``logits [B, T, C]`` and
+    whole-numbered ``labels [B, T]``: mean cross-entropy in nats over an example's labels that are not -100
+    (``causal``: position t predicts label t + 1).
 
     Raises:
         ConfigError: other labels.
@@ -31,17 +48,17 @@ def example_losses(outputs: Any, batch: Any, *, causal: bool = False) -> Tensor:
     if labels is None or not (
         (labels.dim() in (1, 2) and not labels.is_floating_point() and logits.dim() == labels.dim() + 1)
         or (labels.is_floating_point() and logits.numel() == labels.numel() == len(labels))
+        or (labels.is_floating_point() and logits.shape == labels.shape and labels.dim() == 2)
     ):
         found = "no labels" if labels is None else f"labels {labels.dtype} {tuple(labels.shape)}"
         raise ConfigError(
             f"Expected labels whose loss is known for each example, found {found} with logits {tuple(logits.shape)}. "
             "Pass example_loss=, a function of the model's outputs and the batch."
         )
+    if labels.numel() == len(labels):
+        return label_losses(logits.view(len(labels), -1), labels.view(-1))
     if labels.is_floating_point():
-        squared: Tensor = (logits.view(-1).float() - labels.view(-1).float()) ** 2
-        return squared
-    if labels.dim() == 1:
-        return F.cross_entropy(logits.float(), labels, reduction="none")
+        return label_losses(logits, labels)
     if causal:
         logits, labels = logits[:, :-1], labels[:, 1:]
     losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")

@@ -87,7 +87,6 @@ class Learner:
         settings: None: the defaults.
         processing_class: tokenizer that pads batches.
         data_collator: makes a batch of examples. None: pads with ``processing_class`` if there is one.
-        has_offsets: whether the profiles have offsets, which the learner then need not fit. None: whether the bank has.
 
     Raises:
         ConfigError: the bank has no head, or one that does not suit.
@@ -102,7 +101,6 @@ class Learner:
         *,
         processing_class: Any = None,
         data_collator: Callable[[list[dict[str, Any]]], Any] | None = None,
-        has_offsets: bool | None = None,
     ) -> None:
         self.settings = settings or ProfileLearning()
         self.data_collator = data_collator or padding_collator(processing_class)
@@ -116,7 +114,6 @@ class Learner:
         self._weights = list(self._profiles.weights().values())
         self._start = [weight.detach().clone() for weight in self._weights]
         self._offset_count = bank.offset_count
-        self._has_offsets = bank.offset_count is not None if has_offsets is None else has_offsets
         self._offset_variance: float | None = (bank.config.training or {}).get("offset_variance")
         self._prefix = Prefix.of(self._model)
         self._columns = forward_columns(self._model)
@@ -210,7 +207,7 @@ class Learner:
     def _offset_alone(self, count: int) -> bool:
         """Whether there are too few examples for a mask beside the offset."""
         few = count < self.settings.min_examples and 0.0 in self.settings.gain_factors
-        return few and self._has_offsets and not self._has_prior and self._profiles.masks.spec.learn_gain
+        return few and self._offset_count is not None and not self._has_prior and self._profiles.masks.spec.learn_gain
 
     @property
     def _has_prior(self) -> bool:
@@ -220,7 +217,7 @@ class Learner:
     def _factors(self) -> list[float]:
         """Candidates for the factor of the gains, in order. With a prior, or beside an offset, none goes further."""
         known = sorted(self.settings.gain_factors)
-        held = self._has_prior or self._has_offsets
+        held = self._has_prior or self._offset_count is not None
         return [factor for factor in known if factor <= 1] or known if held else known
 
     def _prior(self, pairs: list[tuple[int, int]], rows: int) -> Tensor:
@@ -247,7 +244,7 @@ class Learner:
             with torch.no_grad():
                 found.append(self._losses(batch, states, row_of, places).double().cpu())
         change = torch.stack(found) - found[0]
-        errors = _ERRORS if self._has_offsets else 1
+        errors = _ERRORS if self._offset_count is not None else 1
         score = change.mean(1) + errors * change.std(1) / len(places) ** 0.5
         return self._factors[int(score.argmin())]
 

@@ -10,21 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from .offset_prior import likeliest_variance
+from .evaluation import label_losses
 
-DEFAULT_VARIANCES = {"classes": 0.3, "values": 0.1}
+DEFAULT_VARIANCES = {"classes": 0.3, "labels": 0.3, "values": 0.1}
 """Of the prior, for a bank that does not say which it has."""
 
-_ITERATIONS = 50
+_STEPS = 50
+_PRECISION = 1e-5  # of an offset
+_NUMBERS = 50_000_000  # in the curvatures of the profiles whose offsets are computed at once
+_EXAMPLES = 4096  # whose curvatures are computed at once
 
 
 @dataclass(frozen=True)
 class SharedOutputs:
-    """What a model answers without anything personal.
+    """What a model answers without anything personal, and what it should have answered.
 
     Attributes:
-        outputs: float32 ``[n, C]``: logits of C classes, or one value.
-        labels: ``[n]``: classes (long), or values (float32).
+        outputs: float32 ``[n, C]``: logits of C classes or labels, or one value.
+        labels: see :func:`~peft_xmask.training.evaluation.label_losses`.
     """
 
     outputs: Tensor
@@ -35,7 +38,7 @@ class SharedOutputs:
         """Run a model over examples, each without its profile.
 
         Raises:
-            ConfigError: the outputs are not logits of classes, nor one value for each example.
+            ConfigError: the outputs are not logits, nor one value for each example.
         """
         device = next(model.parameters()).device
         training = model.training
@@ -61,16 +64,18 @@ class SharedOutputs:
         """The outputs of one batch.
 
         Raises:
-            ConfigError: the outputs are not logits of classes, nor one value for each example.
+            ConfigError: the outputs are not logits, nor one value for each example.
         """
         if labels is not None:
             classes = labels.dim() == 1 and not labels.is_floating_point() and outputs.dim() == 2
             value = labels.is_floating_point() and outputs.numel() == labels.numel() == len(labels)
-            if classes or value:
-                return cls(outputs.detach().float().cpu().view(len(labels), -1), labels.cpu().view(len(labels)))
+            several = labels.is_floating_point() and labels.dim() == 2 and outputs.shape == labels.shape
+            if classes or value or several:
+                labels = labels.cpu().view(len(labels)) if classes or value else labels.float().cpu()
+                return cls(outputs.detach().float().cpu().view(len(labels), -1), labels)
         found = "no labels" if labels is None else f"labels {labels.dtype} {tuple(labels.shape)}"
         raise ConfigError(
-            f"Offsets need one class or one value for each example, found {found} with outputs "
+            f"Offsets need a class, several labels or a value for each example, found {found} with outputs "
             f"{tuple(outputs.shape)}. Train without offset=True."
         )
 
@@ -78,23 +83,59 @@ class SharedOutputs:
         """Those of some examples."""
         return SharedOutputs(self.outputs[places], self.labels[places])
 
+    def moved(self, by: Tensor) -> SharedOutputs:
+        """With something added to the outputs."""
+        return SharedOutputs(self.outputs + by, self.labels)
+
     @property
-    def values(self) -> bool:
-        """Whether the model gives values, not classes."""
-        return self.labels.is_floating_point()
+    def kind(self) -> str:
+        """What the labels are: ``"classes"``, ``"labels"`` of which an example may have several, or ``"values"``."""
+        if not self.labels.is_floating_point():
+            return "classes"
+        return "labels" if self.labels.dim() == 2 else "values"
 
     @property
     def default_variance(self) -> float:
         """The prior variance where nothing says another one."""
-        return DEFAULT_VARIANCES["values" if self.values else "classes"]
+        return DEFAULT_VARIANCES[self.kind]
+
+    @property
+    def residuals(self) -> Tensor:
+        """Of values, ``[n]``."""
+        residuals: Tensor = self.labels.float() - self.outputs.view(-1)
+        return residuals
+
+    def losses(self) -> Tensor:
+        """Of each example, ``[n]``."""
+        return label_losses(self.outputs, self.labels)
+
+    def likely(self) -> Tensor:
+        """Probabilities ``[n, C]``."""
+        return self.outputs.softmax(1) if self.kind == "classes" else self.outputs.sigmoid()
+
+    def curvatures(self, rows: Tensor, count: int) -> Tensor:
+        """The Hessian of each profile's loss by its offset, ``[U, C, C]``, in nats."""
+        classes = self.outputs.shape[1]
+        found = self.outputs.new_zeros(count, classes, classes)
+        for some, mine in zip(self.likely().split(_EXAMPLES), rows.split(_EXAMPLES), strict=True):
+            if self.kind == "classes":
+                found.index_add_(0, mine, torch.diag_embed(some) - some.unsqueeze(2) * some.unsqueeze(1))
+            else:
+                found.index_add_(0, mine, torch.diag_embed(some * (1 - some)))
+        return found
+
+
+def profiles_at_once(classes: int) -> int:
+    """Of how many profiles the curvatures are held in memory."""
+    return max(1, _NUMBERS // classes**2)
 
 
 def fit_offsets(shared: SharedOutputs, rows: Tensor, count: int, variance: float) -> Tensor:
     """The most likely offset of each profile under a Gaussian prior of mean 0, float32 ``[U, C]``.
 
     Of values with residuals r: ``sum(r) / (n + 1 / variance)``, which is the mean residual of n examples, shrunk. Of
-    classes: the minimum of ``sum_i CE(z_i + o, y_i) + |o|^2 / (2 variance)``, by steps that a bound of the curvature
-    keeps from ever going up (Boehning 1992). A profile without examples has zeros.
+    classes and labels: the minimum over o of ``sum_i loss(z_i + o, y_i) + |o|^2 / (2 variance)``. A profile without
+    examples has zeros.
 
     Args:
         shared: outputs on the examples.
@@ -102,33 +143,32 @@ def fit_offsets(shared: SharedOutputs, rows: Tensor, count: int, variance: float
         count: U.
         variance: of the prior; 0: no offsets.
     """
-    if variance <= 0:
-        return torch.zeros(count, shared.outputs.shape[1])
-    examples = torch.bincount(rows, minlength=count).unsqueeze(1).float()
-    if shared.values:
-        residuals = shared.labels.float().view(-1, 1) - shared.outputs.view(-1, 1)
-        return torch.zeros(count, 1).index_add_(0, rows, residuals) / (examples + 1 / variance)
-    classes = shared.outputs.shape[1]
-    target = nn.functional.one_hot(shared.labels, classes).float()
-    offsets = torch.zeros(count, classes)
-    scale = examples / 2 + 1 / variance
-    for _ in range(_ITERATIONS):
-        excess = (shared.outputs + offsets[rows]).softmax(1) - target
-        slope = torch.zeros_like(offsets).index_add_(0, rows, excess) + offsets / variance
-        along_ones = slope.sum(1, keepdim=True) * (examples / (2 * classes)) * variance
-        offsets -= (slope + along_ones) / scale
+    offsets = torch.zeros(count, shared.outputs.shape[1])
+    if variance <= 0 or not len(rows):
+        return offsets
+    if shared.kind == "values":
+        examples = torch.bincount(rows, minlength=count).float()
+        return (torch.zeros(count).index_add_(0, rows, shared.residuals) / (examples + 1 / variance)).unsqueeze(1)
+    rows, order = torch.sort(rows, stable=True)
+    for people in torch.arange(count).split(profiles_at_once(shared.outputs.shape[1])):
+        first, last = torch.searchsorted(rows, torch.tensor([int(people[0]), int(people[-1]) + 1])).tolist()
+        offsets[people] = _newton(shared[order[first:last]], rows[first:last] - people[0], len(people), variance)
     return offsets
 
 
-def choose_variance(shared: SharedOutputs, rows: Tensor) -> float:
-    """The prior variance under which the labels are most likely; see :mod:`~peft_xmask.training.offset_prior`.
-
-    Args:
-        shared: outputs on the training examples.
-        rows: long ``[n]``, the profile of each.
-    """
-
-    def fit(outputs: Tensor, labels: Tensor, rows: Tensor, count: int, variance: float) -> Tensor:
-        return fit_offsets(SharedOutputs(outputs, labels), rows, count, variance)
-
-    return likeliest_variance("values" if shared.values else "classes", shared.outputs, shared.labels, rows, fit)
+def _newton(shared: SharedOutputs, rows: Tensor, count: int, variance: float) -> Tensor:
+    """Newton's method, with steps short enough that none goes up (Bach 2010, for logistic losses)."""
+    offsets = torch.zeros(count, shared.outputs.shape[1])
+    target = shared.labels
+    if shared.kind == "classes":
+        target = nn.functional.one_hot(target, offsets.shape[1]).float()
+    prior = torch.eye(offsets.shape[1]) / variance
+    for _ in range(_STEPS):
+        now = shared.moved(offsets[rows])
+        slope = torch.zeros_like(offsets).index_add_(0, rows, now.likely() - target) + offsets / variance
+        step = torch.linalg.solve(now.curvatures(rows, count) + prior, slope)
+        reach = 2 * step.abs().amax(1, keepdim=True)
+        offsets -= step * torch.where(reach > 0, reach.log1p() / reach, 1.0)
+        if step.abs().amax() < _PRECISION:
+            break
+    return offsets

@@ -26,7 +26,8 @@ from .collator import ProfileCollator
 from .data import ProfileData
 from .evaluation import Evaluator, example_losses
 from .head import train_head
-from .offsets import SharedOutputs, choose_variance, fit_offsets
+from .offset_prior import likeliest_variance
+from .offsets import SharedOutputs, fit_offsets
 from .prefix import Prefix
 from .profile_model import ProfileModel
 from .row_adamw import RowAdamW
@@ -269,7 +270,7 @@ class TrainingRun:
             return torch.stack([none if each is None else each for each in known]), None
         model, size = self.profiles.model, self.settings.trainer.per_device_eval_batch_size
         shared = SharedOutputs.of(model, self.examples, self.collator, size)
-        variance = choose_variance(shared, data.rows)
+        variance = likeliest_variance(shared, data.rows)
         return pack_halves(fit_offsets(shared, data.rows, len(names), variance)), variance
 
     def _bank_of(self, best: BestRows, offset_bits: Tensor | None, variance: float | None) -> TrainedBank:

@@ -17,11 +17,9 @@ from timing import out, print_json
 
 from peft_xmask.integrations.pooled_classifier import PooledClassifierConfig, load_classifier, load_tokenizer
 from peft_xmask.people.common import SharedStates, fit_head
-from peft_xmask.people.offsets import choose_variance, fit_offsets, losses
-from peft_xmask.training.offset_prior import VARIANCES
+from peft_xmask.training.offset_prior import VARIANCES, likeliest_variance
+from peft_xmask.training.offsets import SharedOutputs, fit_offsets
 from peft_xmask.tuners.base.classifier import Classifier
-
-TASK = "classification"
 
 
 class Bench:
@@ -61,15 +59,17 @@ class Bench:
                         rows.append(row)
             found[name] = *self.part(said), torch.tensor(rows)
         zeros = {name: torch.zeros(len(states), len(self.labels)) for name, (states, _, _) in found.items()}
-        fit_head(self.model, TASK, *((*found[name][:2], zeros[name]) for name in found))
+        fit_head(self.model, *((*found[name][:2], zeros[name]) for name in found))
         logits = {name: self.logits(states) for name, (states, _, _) in found.items()}
         (_, classes, rows), (_, tested, tested_rows) = found.values()
 
-        def held_out(variance):
-            offsets = fit_offsets(TASK, logits["train"], classes, rows, int(rows.max()) + 1, variance)
-            return float(losses(TASK, logits["validation"] + offsets[tested_rows], tested).mean())
+        shared = SharedOutputs(logits["train"], classes)
 
-        return min(VARIANCES, key=held_out), choose_variance(TASK, logits["train"], classes, rows)
+        def held_out(variance):
+            offsets = fit_offsets(shared, rows, int(rows.max()) + 1, variance)
+            return float(SharedOutputs(logits["validation"] + offsets[tested_rows], tested).losses().mean())
+
+        return min(VARIANCES, key=held_out), likeliest_variance(shared, rows)
 
     def new(self, seed, count, variance):
         """Mean nats of people whom nothing was fitted to."""
@@ -78,8 +78,8 @@ class Bench:
             person = self.people.persons[number]
             (states, classes), (test, wanted) = self.part(person.train[:count]), self.part(person.test)
             rows = torch.zeros(len(classes), dtype=torch.long)
-            offset = fit_offsets(TASK, self.logits(states), classes, rows, 1, variance)
-            found.append(float(losses(TASK, self.logits(test) + offset, wanted).mean()))
+            offset = fit_offsets(SharedOutputs(self.logits(states), classes), rows, 1, variance)
+            found.append(float(SharedOutputs(self.logits(test) + offset, wanted).losses().mean()))
         return statistics.mean(found)
 
 

@@ -65,7 +65,7 @@ class People:
             found, labels = states.of(others), torch.tensor([each["labels"] for each in others])
         nothing = torch.zeros(len(labels), 1)
         parts = [(found[part], labels[part], nothing[part]) for part in (slice(200, None), slice(200))]
-        fit_head(self.base, "regression", *parts)
+        fit_head(self.base, *parts)
 
     def example(self, name, text, rating):
         encoded = self.tokenizer(text, truncation=True, max_length=TOKENS)

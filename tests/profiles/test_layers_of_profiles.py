@@ -12,7 +12,8 @@ from peft_xmask.core.packing import pack_halves, unpack_halves
 from peft_xmask.errors import ConfigError
 from peft_xmask.training import common
 from peft_xmask.training.choice import STRENGTHS, _strengths
-from peft_xmask.training.offsets import SharedOutputs, choose_variance, fit_offsets
+from peft_xmask.training.offset_prior import likeliest_variance
+from peft_xmask.training.offsets import SharedOutputs
 
 SCRIPT = Path(__file__).with_name("taught.py")
 spec = importlib.util.spec_from_file_location("taught", SCRIPT)
@@ -40,24 +41,6 @@ def logits(model, names) -> torch.Tensor:
         return model(**batch, adapter_names=names).logits
 
 
-def test_offsets_of_classes_are_the_minimum():
-    """The gradient of the penalised loss is zero there; without examples the offset is zero."""
-    generator = torch.Generator().manual_seed(0)
-    shared = SharedOutputs(torch.randn(40, 3, generator=generator), torch.randint(0, 3, (40,), generator=generator))
-    rows = torch.randint(0, 4, (40,), generator=generator)
-    found = fit_offsets(shared, rows, 5, 0.5).requires_grad_()
-    loss = torch.nn.functional.cross_entropy(shared.outputs + found[rows], shared.labels, reduction="sum")
-    (gradient,) = torch.autograd.grad(loss + (found**2).sum() / (2 * 0.5), found)
-    assert gradient.abs().max() < 1e-3
-    assert not found[4].any()
-
-
-def test_offsets_of_values_are_the_shrunk_mean_residual():
-    shared = SharedOutputs(torch.tensor([[1.0], [2.0], [5.0]]), torch.tensor([2.0, 5.0, 5.0]))
-    found = fit_offsets(shared, torch.tensor([0, 0, 1]), 3, 0.5)
-    torch.testing.assert_close(found, torch.tensor([[4.0 / (2 + 2)], [0.0], [0.0]]))
-
-
 @pytest.mark.parametrize("each", [3, 30])
 @pytest.mark.parametrize(("size", "expected"), [(0.0, 0.03), (1.0, 1.0), (3.0, 3.0)])
 def test_the_variance_is_that_of_the_profiles_offsets(size, expected, each):
@@ -65,7 +48,7 @@ def test_the_variance_is_that_of_the_profiles_offsets(size, expected, each):
     offsets = size * torch.randn(300, 3, generator=generator)
     rows = torch.arange(300).repeat_interleave(each)
     labels = offsets[rows].softmax(1).multinomial(1, generator=generator)[:, 0]
-    assert choose_variance(SharedOutputs(torch.zeros(len(rows), 3), labels), rows) == expected
+    assert likeliest_variance(SharedOutputs(torch.zeros(len(rows), 3), labels), rows) == expected
 
 
 @pytest.mark.parametrize("helps", [True, False])
@@ -113,6 +96,26 @@ def test_offsets_are_saved_and_served(bank, tmp_path):
     offsets = torch.stack([*(unpack_halves(bank[name].offset_bits) for name in bank), torch.zeros(4)])
     torch.testing.assert_close(alone, logits(served, ["__base__"] * 5) + offsets)
     assert not torch.equal(found[:4], base[:4])
+
+
+def test_several_labels_of_each_example(tmp_path):
+    """Each person's texts have two labels of four, always the same: an offset says that for a new person too."""
+
+    def several(dataset):
+        return dataset.map(lambda row: {"labels": [float((row["labels"] + by) % 4 < 2) for by in range(4)]})
+
+    base = taught.base()
+    base.config.problem_type = "multi_label_classification"
+    bank = train_profiles(
+        base, several(taught.examples()), validation=several(taught.examples(1)), config=taught.config(),
+        args=taught.arguments(tmp_path), offset=True, progress=False,
+    )  # fmt: skip
+    for number, name in enumerate(bank):
+        wanted = torch.tensor([(number + by) % 4 < 2 for by in range(4)])
+        assert torch.equal(bank[name].offsets > 0, wanted)
+        assert bank.metrics[name]["validation_loss"] < bank.metrics[name]["shared_loss"]
+    learnt = bank.learn(base, "eve", several(taught.examples(7, {"x": 0, "eve": 12})))
+    assert torch.equal(learnt.offsets > 0, torch.tensor([(1 + by) % 4 < 2 for by in range(4)]))
 
 
 def test_a_profile_with_offset_and_mask_is_no_worse_than_one_without(bank):
