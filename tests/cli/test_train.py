@@ -101,7 +101,7 @@ def test_resume_continues_to_the_very_weights_of_an_uninterrupted_run(data, rows
     assert sorted(path.name for path in checkpoints.iterdir()) == ["checkpoint-2", "run.json"]
     again = (*common, "--checkpoint-every", 2, "--out", tmp_path / "resumed")
     swapped = tmp_path / "swapped.jsonl"
-    one, other = rows[0][1], rows[-1][1]
+    one, other = names[:2]
     turned = data["jsonl"].read_text().replace(one, "\0").replace(other, one).replace("\0", other)
     swapped.write_text(turned)
     refused = cli(*[swapped if part == data["jsonl"] else part for part in again], "--resume")
