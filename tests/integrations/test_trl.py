@@ -126,8 +126,9 @@ def test_the_reference_of_dpo_starts_as_the_policy_and_stays(config, door, trl, 
 
 def test_the_reference_of_a_new_adapter_is_the_base(trl, base, tokenizer, texts, tmp_path):
     """``peft_config`` given to the trainer: trl disables the adapter. Random masks are not a start at the base."""
+    torch.manual_seed(0)
     config = copy.deepcopy(CONFIGS["hard"])
-    trainer = dpo_trainer(trl, base(), tokenizer, texts, tmp_path, config=config, max_steps=8)
+    trainer = dpo_trainer(trl, base(), tokenizer, texts, tmp_path, config=config, max_steps=24)
     with trainer.model.disable_adapter():
         of_the_base = probabilities(trainer)
     assert close(reference(trainer), of_the_base)
@@ -135,7 +136,7 @@ def test_the_reference_of_a_new_adapter_is_the_base(trl, base, tokenizer, texts,
     trainer.train()
     assert close(reference(trainer), of_the_base)
     losses = logged(trainer, "loss")
-    assert sum(losses[-3:]) < sum(losses[:3])
+    assert sum(losses[-8:]) < sum(losses[:8])
 
 
 def test_a_resumed_dpo_run_ends_bit_identical(trl, policy, tokenizer, texts, tmp_path):
