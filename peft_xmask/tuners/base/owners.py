@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ class Owners:
     def __init__(self, model: nn.Module) -> None:
         self._names: dict[int, list[str]] = defaultdict(list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._names[id(parameter)].append(name.rpartition(".")[0].removesuffix(".base_layer"))
+            self._names[id(parameter)].append(re.sub(r"(\.base_layer)*\.\w+$", "", name))
 
     def besides(self, module_name: str, parameter: Tensor) -> list[str]:
         """Names of the other modules that hold a module's parameter, sorted; an adapted module has its own name."""
