@@ -18,7 +18,8 @@ DEFAULT_VARIANCES = {"classes": 0.3, "labels": 0.3, "values": 0.1}
 _STEPS = 50
 _PRECISION = 1e-5  # of an offset
 _NUMBERS = 50_000_000  # in the curvatures of the profiles whose offsets are computed at once
-_EXAMPLES = 4096  # whose curvatures are computed at once
+_FEW = 16  # classes, up to which outer products of each example cost less than a product of matrices for each profile
+_EXAMPLES = 4096  # whose outer products are computed at once
 
 
 @dataclass(frozen=True)
@@ -115,13 +116,18 @@ class SharedOutputs:
 
     def curvatures(self, rows: Tensor, count: int) -> Tensor:
         """The Hessian of each profile's loss by its offset, ``[U, C, C]``, in nats."""
-        classes = self.outputs.shape[1]
-        found = self.outputs.new_zeros(count, classes, classes)
-        for some, mine in zip(self.likely().split(_EXAMPLES), rows.split(_EXAMPLES), strict=True):
-            if self.kind == "classes":
-                found.index_add_(0, mine, torch.diag_embed(some) - some.unsqueeze(2) * some.unsqueeze(1))
-            else:
-                found.index_add_(0, mine, torch.diag_embed(some * (1 - some)))
+        likely, classes = self.likely(), self.outputs.shape[1]
+        if self.kind == "labels":
+            return torch.diag_embed(likely.new_zeros(count, classes).index_add_(0, rows, likely * (1 - likely)))
+        found = torch.diag_embed(likely.new_zeros(count, classes).index_add_(0, rows, likely))
+        if classes <= _FEW:
+            for some, mine in zip(likely.split(_EXAMPLES), rows.split(_EXAMPLES), strict=True):
+                found.index_add_(0, mine, some.unsqueeze(2) * some.unsqueeze(1), alpha=-1)
+            return found
+        order = torch.argsort(rows, stable=True)
+        sizes = torch.bincount(rows, minlength=count).tolist()
+        for each, mine in zip(found, likely[order].split(sizes), strict=True):
+            each.addmm_(mine.T, mine, alpha=-1)
         return found
 
 
