@@ -22,13 +22,13 @@ def labelled(kind: str, logits: torch.Tensor) -> SharedOutputs:
 
 
 @pytest.mark.parametrize("variance", [0.03, 0.7, 30.0])
-@pytest.mark.parametrize("kind", ["classes", "labels"])
-def test_offsets_are_the_minimum(kind, variance, monkeypatch):
+@pytest.mark.parametrize(("kind", "width"), [("classes", 3), ("classes", 20), ("labels", 3)])
+def test_offsets_are_the_minimum(kind, width, variance, monkeypatch):
     """The gradient of the penalised loss is zero there, also where a class is rare; without examples the offset is."""
-    monkeypatch.setattr("peft_xmask.training.offsets._NUMBERS", 20)  # two profiles at once
+    monkeypatch.setattr("peft_xmask.training.offsets._NUMBERS", 2 * width**2)  # two profiles at once
     torch.manual_seed(0)
-    shared = labelled(kind, torch.randn(4000, 3) + torch.tensor([0.0, -5.0, 2.0]))
-    shared = SharedOutputs(torch.randn(4000, 3), shared.labels)
+    shared = labelled(kind, torch.randn(4000, width) + torch.tensor([0.0, -5.0, 2.0, *[0.0] * (width - 3)]))
+    shared = SharedOutputs(torch.randn(4000, width), shared.labels)
     rows = torch.cat([torch.randint(0, 4, (3990,)), torch.full((10,), 5)])[torch.randperm(4000)]
     found = fit_offsets(shared, rows, 6, variance).requires_grad_()
     (gradient,) = torch.autograd.grad(
@@ -36,7 +36,7 @@ def test_offsets_are_the_minimum(kind, variance, monkeypatch):
     )
     assert gradient.abs().max() < 5e-3
     assert not found[4].any()
-    assert torch.equal(fit_offsets(shared, rows, 6, 0.0), torch.zeros(6, 3))
+    assert torch.equal(fit_offsets(shared, rows, 6, 0.0), torch.zeros(6, width))
 
 
 @pytest.mark.parametrize("kind", ["classes", "labels"])
