@@ -25,7 +25,7 @@ def why_no_matrix(module: nn.Module) -> str | None:
     if not isinstance(module, (nn.Linear, Conv1D, nn.Embedding, conv._ConvNd)):
         return f"a {kind}, neither a linear layer nor a convolution nor an embedding"
     if type(module.weight) not in (Tensor, nn.Parameter) or not module.weight.is_floating_point():
-        return f"a {kind} whose weight is no tensor of plain numbers but a {type(module.weight).__name__}"
+        return f"a {kind} with a quantised, sharded or otherwise special weight ({type(module.weight).__name__})"
     if "weight" not in module._parameters:
         return f"a {kind} whose weight is computed from other parameters"
     return _why_not_as_in_torch(module)
