@@ -70,7 +70,7 @@ def film_table(folder: Path, people: int) -> PeopleTable:
 
     from ..people.table import PeopleTable
 
-    packed = resources.files("peft_xmask.people").joinpath("data", DATA).read_bytes()
+    packed = (resources.files("peft_xmask.people") / "data" / DATA).read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     wanted = list(dict.fromkeys(row["person"] for row in rows))[:people]

@@ -210,7 +210,7 @@ class MeanPooledClassifier(PreTrainedModel):
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
         )
         logits = self.classifier(mean_pool(outputs.last_hidden_state, attention_mask))
-        loss = None if labels is None else _loss(logits.float(), labels, self.config.problem_type)
+        loss: Any = None if labels is None else _loss(logits.float(), labels, self.config.problem_type)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
