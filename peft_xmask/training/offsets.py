@@ -148,6 +148,9 @@ def fit_offsets(shared: SharedOutputs, rows: Tensor, count: int, variance: float
         rows: long ``[n]``, the profile of each.
         count: U.
         variance: of the prior; 0: no offsets.
+
+    Source: Newton's method, with Bach's steps for logistic losses (2010, "Self-concordant analysis for logistic
+    regression").
     """
     offsets = torch.zeros(count, shared.outputs.shape[1])
     if variance <= 0 or not len(rows):
@@ -163,7 +166,7 @@ def fit_offsets(shared: SharedOutputs, rows: Tensor, count: int, variance: float
 
 
 def _newton(shared: SharedOutputs, rows: Tensor, count: int, variance: float) -> Tensor:
-    """Newton's method, with steps short enough that none goes up (Bach 2010, for logistic losses)."""
+    """Newton's method, with steps short enough that none increases the loss."""
     offsets = torch.zeros(count, shared.outputs.shape[1])
     target = shared.labels
     if shared.kind == "classes":

@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 
 class Owners:
-    """The modules of a model that hold each of its parameters, as they are now."""
+    """The modules of a model that hold each of its parameters.
+
+    Args:
+        model: read once; modules added later are not seen.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._names: dict[int, list[str]] = defaultdict(list)
@@ -17,5 +21,8 @@ class Owners:
             self._names[id(parameter)].append(re.sub(r"(\.base_layer)*\.\w+$", "", name))
 
     def besides(self, module_name: str, parameter: Tensor) -> list[str]:
-        """Names of the other modules that hold a module's parameter, sorted; an adapted module has its own name."""
+        """Sorted names of the other modules that hold a parameter of this module.
+
+        An adapted module goes by the name that it had before it was wrapped.
+        """
         return sorted(name for name in self._names[id(parameter)] if name != module_name)

@@ -201,7 +201,7 @@ class SiteLayer(TargetLayer):
             return parallel_change(pair)
         if kind := self._why_no_matrix():
             raise MergeError(
-                f"Adapter '{name}' reads the output of a module that is {kind}, so it is no map of the module's input. "
+                f"Adapter '{name}' reads the output of {kind}, so it cannot be written as a map of the module's input. "
                 'On a quantised or sharded linear layer use insertion_form="parallel", elsewhere the adapter as it is.'
             )
         weight, bias = self._before_merge or self._weight_and_bias()

@@ -39,12 +39,16 @@ def _why_not_as_in_torch(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return f"an {own.__name__} with max_norm, which is no linear map"
     if isinstance(module, conv._ConvNd) and module.groups > 1:
-        return f"a {own.__name__} of {module.groups} groups, between which its weight has no numbers"
+        return f"a {own.__name__} of {module.groups} groups, whose weight cannot mix channels of different groups"
     return None
 
 
 def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
-    """A module's weight as a matrix, ``[out_features, whatever it reads]``."""
+    """A weight in the shape of the module's own, as the matrix of its linear map.
+
+    Returns:
+        linear ``[out, in]``; convolution ``[out, in * kernel]``; embedding ``[width, tokens]``.
+    """
     if isinstance(module, conv._ConvTransposeNd):
         return weight.transpose(0, 1).flatten(1)
     if isinstance(module, conv._ConvNd):
@@ -53,7 +57,7 @@ def matrix_of(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def in_shape_of_weight(module: nn.Module, matrix: Tensor) -> Tensor:
-    """The inverse of :func:`matrix_of`."""
+    """A matrix as :func:`matrix_of` gives it, in the shape of the module's weight."""
     if isinstance(module, conv._ConvTransposeNd):
         return matrix.view(module.weight.transpose(0, 1).shape).transpose(0, 1)
     if isinstance(module, conv._ConvNd):
